@@ -1,0 +1,151 @@
+"core: seeds, ramps, averages, files that are whole or absent, parameters of notebooks"
+import math
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from semiseg_nb.core import (
+    EMA,
+    UserError,
+    atomic_write,
+    check_parameters,
+    forever,
+    frozen,
+    generator,
+    notebook_parameters,
+    one_of,
+    poly,
+    ramp,
+)
+
+R = (0, 0.25, 0.5, 0.75, 1)
+
+
+@pytest.mark.parametrize("kind, values", [
+    ("sigmoid", (0.0067, 0.0601, 0.2865, 0.7316, 1)), ("linear", R), ("log", (0, 0.713, 0.918, 0.976, 0.9933)),
+    ("exp", (0.0067, 0.0235, 0.0821, 0.287, 1)), ("cosine", (0, 0.146, 0.5, 0.854, 1)),
+])
+def test_ramps_have_the_published_values_and_are_clipped(kind, values):
+    assert [ramp(r, kind) for r in R] == pytest.approx(values, abs=6e-4)
+    assert ramp(-3, kind) == ramp(0, kind) and ramp(7, kind) == ramp(1, kind)
+
+
+def test_poly_starts_at_one_and_ends_at_zero():
+    assert poly(0) == 1 and poly(1) == 0 and poly(0.5) == pytest.approx(0.5**0.9) and poly(0.7, power=0) == 1
+
+
+def test_streams_are_repeatable_and_independent():
+    a = torch.rand(5, generator=generator(3, "labelled", 7))
+    assert torch.equal(a, torch.rand(5, generator=generator(3, "labelled", 7)))
+    for other in (generator(4, "labelled", 7), generator(3, "strong", 7), generator(3, "labelled", 8), generator(3, "labelled")):
+        assert not torch.equal(a, torch.rand(5, generator=other))
+
+
+def test_forever_shuffles_each_pass_anew_and_refuses_an_empty_loader():
+    loader = torch.utils.data.DataLoader(range(20), batch_size=None, shuffle=True, generator=torch.Generator().manual_seed(0))
+    stream = forever(loader)
+    first, second = [next(stream) for _ in range(20)], [next(stream) for _ in range(20)]
+    assert sorted(first) == sorted(second) == list(range(20)) and first != second
+    with pytest.raises(UserError, match="at least one image"): next(forever([]))
+
+
+def test_ema_with_a_constant_student_has_the_closed_form():
+    student, a = nn.Linear(2, 2), 0.9
+    ema = EMA(student, a)
+    assert torch.equal(ema.net.weight, student.weight)
+    ema.update(student)
+    start = ema.net.weight.clone()
+    target = torch.full_like(start, 3.0)
+    with torch.no_grad(): student.weight.copy_(target)
+    decays = 1.0
+    for t in range(1, 40):
+        ema.update(student)
+        decays *= min(1 - 1 / (t + 1), a)
+        torch.testing.assert_close(ema.net.weight, target + decays * (start - target))
+
+
+def test_ema_averages_float_buffers_and_copies_integer_buffers():
+    net = nn.BatchNorm1d(2)
+    ema = EMA(net, 0.5)
+    ema.update(net)
+    net.train()(torch.randn(8, 2) + 4)
+    before = ema.net.running_mean.clone()
+    ema.update(net)
+    torch.testing.assert_close(ema.net.running_mean, (before + net.running_mean) / 2)
+    assert ema.net.num_batches_tracked == 1
+
+
+def test_ema_survives_saving_and_gets_no_gradient():
+    net = nn.Linear(1, 1)
+    ema, other = EMA(net, 0.9), EMA(nn.Linear(1, 1), 0.9)
+    for _ in range(3):
+        with torch.no_grad(): net.weight.add_(1)
+        ema.update(net)
+    other.load_state_dict(ema.state_dict())
+    with torch.no_grad(): net.weight.add_(1)
+    ema.update(net), other.update(net)
+    assert torch.equal(ema.net.weight, other.net.weight)
+    assert not any(p.requires_grad for p in ema.parameters()) and not ema.train().net.training
+
+
+def test_frozen_keeps_batch_statistics():
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    holder = nn.ModuleList([frozen(net)]).train()
+    before = {k: v.clone() for k, v in holder.state_dict().items()}
+    net(torch.randn(4, 1, 3, 3))
+    assert all(torch.equal(v, before[k]) for k, v in holder.state_dict().items())
+    assert not any(p.requires_grad for p in holder.parameters())
+
+
+def test_one_of_names_the_choices_and_guesses():
+    with pytest.raises(UserError, match=r"model 'unett' is not known \(did you mean 'unet'\?\): choose one of unet, deeplabv3"):
+        one_of("unett", ["unet", "deeplabv3"], "model")
+    assert one_of("unet", ["unet"], "model") == "unet"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")])
+def test_a_full_disk_is_one_sentence_and_the_older_file_stays(tmp_path, error):
+    path = atomic_write(tmp_path / "sub" / "a.bin", lambda f: f.write(b"old"))
+
+    def fails(f):
+        f.write(b"half")
+        raise error
+    with pytest.raises(UserError, match=r"Could not write .*a\.bin .*the older file is untouched: free some space"): atomic_write(path, fails)
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["a.bin"]
+
+
+def test_a_folder_that_is_a_file_is_reported(tmp_path):
+    (tmp_path / "results").write_text("")
+    with pytest.raises(UserError, match="Could not write"): atomic_write(tmp_path / "results" / "a.json", lambda f: f.write(b"x"))
+
+
+CELL = "# parameters\nsteps = 900\nlr = 1e-3\nmodel = 'unet'\nencoder = None\nresume = True"
+GOOD = {"steps": 900, "lr": 1e-3, "model": "unet", "encoder": None, "resume": True}
+
+
+def test_known_parameters_pass():
+    assert check_parameters(CELL, "# Parameters\nsteps = 5\nencoder = 'resnet18'\n", GOOD | {"steps": 5, "encoder": "resnet18", "lr": 1}) == \
+        GOOD | {"steps": 5, "encoder": "resnet18", "lr": 1}
+
+
+def test_unknown_parameter_is_named():
+    with pytest.raises(UserError, match=r"parameter 'step' is not known \(did you mean 'steps'\?\)"): check_parameters(CELL, "step = 5", GOOD)
+
+
+@pytest.mark.parametrize("name, value", [("steps", "many"), ("steps", 2.5), ("model", 3), ("resume", 1), ("steps", True)])
+def test_a_parameter_of_another_type_is_named(name, value):
+    with pytest.raises(UserError, match=f"parameter '{name}' is .*as in {name} = "): check_parameters(CELL, "", GOOD | {name: value})
+
+
+def test_notebook_parameters_reads_the_history_of_the_kernel():
+    history = ["", "import x", CELL, "# Parameters\nsteps = 7\n", "params = notebook_parameters(globals())"]
+    assert notebook_parameters({"In": history, **GOOD, "steps": 7})["steps"] == 7
+    history[3] = "# Parameters\nstops = 7\n"
+    with pytest.raises(UserError, match="'stops' is not known"): notebook_parameters({"In": history, **GOOD})
+    with pytest.raises(UserError, match="Run the parameters cell first"): notebook_parameters({"In": [""]})
+
+
+def test_half_life_of_the_average():
+    assert round(math.log(0.5) / math.log(0.99)) == 69

@@ -1,0 +1,144 @@
+"""Every notebook runs from top to bottom under papermill, stops at a parameter that it does not have, and is fit to be read and diffed."""
+import ast
+import io
+import json
+import re
+import tokenize
+from pathlib import Path
+
+import papermill
+import pytest
+import yaml
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+SMOKE = yaml.safe_load((ROOT / "nbs/params/smoke.yaml").read_text())
+COMMON = ("dataset data_root n_labelled split_seed model encoder size batch_size steps lr seed device out_dir resume").split()
+IPC = Config({"KernelManager": {"transport": "ipc"}})  # no open ports, and no warning about them
+
+
+def number(path): return int(path.name[:2]) if path.name[:2].isdigit() else -1
+
+
+METHODS = [p for p in NOTEBOOKS if 10 <= number(p) < 50]
+WITH_PARAMETERS = [p for p in NOTEBOOKS if number(p) >= 10]
+
+
+def each(paths): return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
+
+
+def read(path): return json.loads(path.read_text(encoding="utf-8"))
+def code_cells(path): return [c for c in read(path)["cells"] if c["cell_type"] == "code"]
+def source(cell): return "".join(cell["source"])
+def declared(path): return papermill.inspect_notebook(str(path))
+
+
+def execute(path, out, **parameters):
+    "Run a notebook as a person would from the root of the repository"
+    return papermill.execute_notebook(str(path), str(out), parameters=parameters, cwd=str(ROOT), progress_bar=False, config=IPC)
+
+
+def smoke_parameters(path, folder):
+    "The smoke values for the names that a notebook declares, with its files in a folder of the test"
+    names = declared(path)
+    values = {k: v for k, v in SMOKE.items() if k in names}
+    return values | ({"out_dir": str(folder / "out")} if "out_dir" in names else {})
+
+
+def markdown_outputs(nb):
+    return ["".join(o["data"]["text/markdown"]) for c in nb["cells"] for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
+
+
+@pytest.mark.slow
+@each(NOTEBOOKS)
+def test_runs_with_the_smoke_parameters(path, tmp_path):
+    nb = execute(path, tmp_path / path.name, **smoke_parameters(path, tmp_path))
+    if path in METHODS:
+        records = [json.loads(p.read_text()) for p in (tmp_path / "out").rglob("*.json")]
+        records = [r for r in records if "schema" in r]
+        assert records, "a method's notebook writes the record of its run"
+        assert {r["profile"] for r in records} == {"smoke"}, "a run of a few steps may never pass for more"
+    if path.stem == "index":
+        assert markdown_outputs(nb) == markdown_outputs(read(path)), "run nbs/index.ipynb again: its tables are not those of results/"
+
+
+@pytest.mark.slow
+@each(WITH_PARAMETERS)
+def test_an_unknown_parameter_stops_the_notebook(path, tmp_path):
+    with pytest.raises(PapermillExecutionError) as error:
+        execute(path, tmp_path / path.name, **smoke_parameters(path, tmp_path), stepz=1)
+    assert error.value.ename == "UserError"
+    assert re.search(r"parameter 'stepz' is not known.*choose one of .*\.", error.value.evalue)
+    assert not list(tmp_path.rglob("*.json")), "it stops before anything is computed"
+
+
+def test_every_smoke_parameter_is_declared_somewhere():
+    assert set(SMOKE) <= {name for path in NOTEBOOKS for name in declared(path)}
+
+
+@each(sorted((ROOT / "nbs/params").glob("*-*.yaml")))
+def test_a_parameter_file_fits_its_notebook(path):
+    method = path.stem.split("-")[0]
+    notebook, = (p for p in METHODS if p.stem.split("_", 1)[1] == method)
+    assert set(yaml.safe_load(path.read_text())) <= set(declared(notebook))
+
+
+@each(NOTEBOOKS)
+def test_parameters_are_commented_literals(path):
+    tagged = [c for c in code_cells(path) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1 if path in METHODS else len(tagged) <= 1
+    for cell in tagged:
+        text = source(cell)
+        assert text.startswith("# parameters\n"), "its first line is how `notebook_parameters` finds it"
+        comments = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
+        names = []
+        for node in ast.parse(text).body:
+            assert isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name), ast.unparse(node)
+            ast.literal_eval(node.value)
+            assert node.end_lineno in comments, f"no comment says what {node.targets[0].id} is"
+            names.append(node.targets[0].id)
+        assert len(names) == len(set(names))
+        if path in METHODS: assert set(COMMON) <= set(names)
+
+
+@each(NOTEBOOKS)
+def test_stored_outputs_are_whole_and_clean(path):
+    nb = read(path)
+    outputs = [o for c in nb["cells"] for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert not any("injected-parameters" in c["metadata"].get("tags", []) for c in nb["cells"]), "outputs come from the lesson run"
+    if number(path) >= 0: assert any("image/png" in o.get("data", {}) for o in outputs), "a reader on the web sees pictures"
+    assert path.stat().st_size <= 700_000
+
+
+@each(NOTEBOOKS)
+def test_no_path_of_a_machine(path):
+    nb = read(path)
+    texts = [source(c) for c in nb["cells"]]
+    for output in (o for c in nb["cells"] for o in c.get("outputs", [])):
+        texts += [json.dumps(v) for k, v in output.get("data", {}).items() if not k.startswith("image/")] + ["".join(output.get("text", []))]
+    for text in texts: assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|mnt|private)/\w|\b[A-Z]:\\\\?Users", text), text[:500]
+
+
+@each(NOTEBOOKS)
+def test_cells_are_short_and_explicit(path):
+    nb = read(path)
+    ids = [c.get("id") for c in nb["cells"]]
+    assert all(ids), "every cell has an id, or each save makes new ones"
+    assert len(ids) == len(set(ids)), "an id stands twice"
+    assert nb["cells"][0]["cell_type"] == "markdown" and source(nb["cells"][0]).startswith("# ")
+    for cell in code_cells(path):
+        text = source(cell)
+        assert len(text.splitlines()) <= 45, f"cell {cell['id']} is too long to find an error in"
+        assert not re.search(r"^\s*(from \S+ import \*|[!%]\s*(pip|conda|apt))", text, re.M), cell["id"]
+        assert not re.search(r"\b(TODO|FIXME|XXX)\b|except[^:]*:\s*pass\b", text), cell["id"]
+
+
+@each([p for p in NOTEBOOKS if number(p) >= 0])
+def test_one_notebook_exports_one_module(path):
+    modules = [m for c in code_cells(path) for m in re.findall(r"^#\|\s*default_exp\s+(\S+)", source(c), re.M)]
+    exported = [c for c in code_cells(path) if re.match(r"#\|\s*export\b", source(c))]
+    assert len(modules) == (1 if exported else 0)
+    if modules: assert path.stem == f"{number(path):02d}_{modules[0]}"

@@ -1,0 +1,271 @@
+"""What must agree: notebooks and modules, floors and imports, settings.ini and the files that repeat it, index and README."""
+import ast
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tomllib
+from configparser import ConfigParser
+from pathlib import Path
+
+import papermill
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "semiseg_nb"
+MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+FLOORS = {
+    0: ["core"],
+    1: ["scenes", "data", "augment", "models", "losses", "metrics", "viz"],
+    2: ["engine", "records"],
+    3: ["supervised", "uda"],
+    4: ["leaderboard"],
+}
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
+    ("data", "scenes"),  # scenes are one of the data sets
+    ("records", "engine"),  # a record is made from a run
+    ("uda", "supervised"),  # the labelled half of the step is the baseline's
+}
+IMPORT_NAMES = {"pillow": "PIL", "segmentation-models-pytorch": "segmentation_models_pytorch", "huggingface-hub": "huggingface_hub"}
+
+
+def settings():
+    ini = ConfigParser(interpolation=None)
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    return ini["DEFAULT"]
+
+
+def names_of(requirements): return {re.split(r"[<>=!~\[;]", r)[0] for r in requirements}
+def pyproject(): return tomllib.loads((ROOT / "pyproject.toml").read_text())
+def sources(path): return ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+def readme(): return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def script(name):
+    "A file of scripts/ as a module"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def imports(name):
+    "Absolute names of the modules that a module imports anywhere, also inside functions"
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["semiseg_nb" if node.level else "", node.module]))
+            found |= {f"{base}.{a.name}" for a in node.names} if base == "semiseg_nb" else {base}
+    return found
+
+
+def own_imports(name): return {i.split(".")[1] for i in imports(name) if i.startswith("semiseg_nb.")} - {"__version__"}
+def foreign_imports(name): return {i.split(".")[0] for i in imports(name)} - {"semiseg_nb", "__future__"} - sys.stdlib_module_names
+
+
+# ---------------------------------------------------------------- modules
+
+def test_every_module_has_a_floor(): assert set(MODULES) == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_lower_floors(name):
+    higher = {n for n in own_imports(name) if FLOOR[n] >= FLOOR[name] and (name, n) not in NEIGHBOURS}
+    assert not higher, f"{name} stands on floor {FLOOR[name]} and imports {sorted(higher)}"
+
+
+def test_every_named_exception_is_in_use(): assert all(b in own_imports(a) for a, b in NEIGHBOURS)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_what_is_required(name):
+    allowed = {IMPORT_NAMES.get(n, n) for n in names_of(settings()["requirements"].split())}
+    assert foreign_imports(name) <= allowed
+    assert name == "viz" or "matplotlib" not in foreign_imports(name), "pictures are the business of viz"
+
+
+def test_every_requirement_is_imported_by_a_module():
+    used = set().union(*map(foreign_imports, MODULES))
+    needed = names_of(settings()["requirements"].split())
+    assert {IMPORT_NAMES.get(n, n) for n in needed} <= used
+
+
+def test_modules_import_without_notebook_tools(tmp_path):
+    blocked = ["nbdev", "execnb", "fastcore", "IPython", "ipykernel", "ipywidgets", "jupyter", "jupyter_core", "jupyter_client", "jupyterlab",
+               "nbformat", "nbclient", "nbconvert", "papermill", "notebook", "pytest", "yaml.jupyter"]
+    code = (f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
+            f"import importlib\nfor name in {MODULES}: importlib.import_module('semiseg_nb.' + name)\nprint('imported', {len(MODULES)})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and f"imported {len(MODULES)}" in done.stdout, done.stderr[-2000:]
+
+
+def test_init_holds_the_version_and_nothing_else():
+    assert (PACKAGE / "__init__.py").read_text() == f'__version__ = "{settings()["version"]}"\n'
+
+
+# ---------------------------------------------------------------- notebooks and modules
+
+def test_modules_are_those_that_notebooks_export():
+    exported = [m for p in NOTEBOOKS for s in sources(p) for m in re.findall(r"^#\|\s*default_exp\s+(\S+)", s, re.M)]
+    assert sorted(exported) == MODULES
+
+
+def test_export_and_clean_change_nothing(tmp_path):
+    "On a copy, so that nobody's work in progress is touched"
+    kept = [*NOTEBOOKS, *sorted(PACKAGE.rglob("*.py"))]
+    for path in [*kept, ROOT / "pyproject.toml"]:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    code = "from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()"
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=env, capture_output=True)
+    changed = [str(p.relative_to(ROOT)) for p in kept if p.read_bytes() != (tmp_path / p.relative_to(ROOT)).read_bytes()]
+    assert not changed, "run `make export`"
+    made = {p.relative_to(tmp_path) for folder in ("nbs", "semiseg_nb") for p in (tmp_path / folder).rglob("*.*") if p.suffix in (".ipynb", ".py", ".txt")}
+    assert made == {p.relative_to(ROOT) for p in kept}, "run `make export`, or remove the module whose notebook is gone"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_survives_the_way_through_text(path):
+    nbtext = script("nbtext")
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    back = nbtext.to_notebook(nbtext.to_text(nb), nb)
+    assert json.dumps(back, sort_keys=True, indent=1, ensure_ascii=False) + "\n" == path.read_text(encoding="utf-8")
+
+
+def test_an_edited_cell_loses_its_output_and_the_others_keep_theirs():
+    nbtext = script("nbtext")
+    old = nbtext.to_notebook("# %% md id=a\n# Title\n# %% code id=b tags=parameters\nx = 1\n\n# %% code id=c\nprint(x)\n", {})
+    for cell in old["cells"][1:]: cell["outputs"] = [cell["id"]]
+    new = nbtext.to_notebook(nbtext.to_text(old).replace("x = 1", "x = 2") + "# %% code\nx\n", old)
+    assert [c.get("outputs") for c in new["cells"]] == [None, [], ["c"], []]
+    assert [c["id"] for c in new["cells"]][:3] == ["a", "b", "c"] and new["cells"][3]["id"]
+    assert new["cells"][1]["metadata"] == {"tags": ["parameters"]}
+    with pytest.raises(SystemExit, match="must start with a cell"): nbtext.to_notebook("x = 1\n", {})
+
+
+# ---------------------------------------------------------------- settings.ini and those that repeat it
+
+def test_pyproject_repeats_settings():
+    cfg, project = settings(), pyproject()["project"]
+    assert project["name"] == cfg["lib_name"] and project["requires-python"] == f">={cfg['min_python']}"
+    assert {"version", "description", "license", "authors", "dependencies", "optional-dependencies"} <= set(project["dynamic"])
+    nbdev = pyproject()["tool"]["nbdev"]
+    assert (nbdev["lib_path"], nbdev["nbs_path"]) == (cfg["lib_path"], cfg["nbs_path"])
+    assert nbdev["allowed_cell_metadata_keys"] == ["tags"]
+
+
+def test_the_citation_file_repeats_settings():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["authors"]) == (settings()["version"], [{"name": settings()["author"]}])
+
+
+def test_setup_hands_over_what_settings_say(monkeypatch):
+    import setuptools
+    cfg, given = settings(), {}
+    monkeypatch.setattr(setuptools, "setup", lambda **k: given.update(k))
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {"__file__": str(ROOT / "setup.py"), "__name__": "setup"})
+    assert (given["name"], given["version"], given["description"]) == (cfg["lib_name"], cfg["version"], cfg["description"])
+    assert given["install_requires"] == cfg["requirements"].split()
+    assert given["extras_require"] == {"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()}
+
+
+def test_environment_yml_lists_the_same_packages():
+    cfg = settings()
+    conda_names = {"pytorch": "torch", "matplotlib-base": "matplotlib", "huggingface_hub": "huggingface-hub"}
+    env = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert env["name"] == cfg["lib_name"] and env["channels"] == ["conda-forge"]
+    python, *tools = env["dependencies"][:4]
+    assert python == f"python>={cfg['min_python']}" and tools == ["pip", "git", "make"]
+    listed = {re.sub(r"^[\w-]+", lambda m: conda_names.get(m[0], m[0]), d) for d in env["dependencies"][4:]}
+    assert listed == set(cfg["requirements"].split()) | set(cfg["dev_requirements"].split())
+
+
+# ---------------------------------------------------------------- README
+
+def test_readme_is_that_of_the_index_notebook():
+    index = json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8"))
+    assert readme() == script("readme").readme(index), "run `make readme`"
+
+
+def test_readme_lists_the_notebooks_that_exist():
+    assert set(re.findall(r"\]\(nbs/(\d\d_\w+\.ipynb)\)", readme())) == {p.name for p in NOTEBOOKS} - {"index.ipynb"}
+
+
+def test_readme_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)#]+)", readme()) if "://" not in link]
+    assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_index_links_lead_somewhere_from_its_own_folder():
+    links = [link for s in sources(ROOT / "nbs/index.ipynb") for link in re.findall(r"\]\(([^)#]+)", s) if "://" not in link]
+    assert links and not [link for link in links if not (ROOT / "nbs" / link).exists()]
+
+
+def test_readme_argues_for_every_dependency():
+    cfg = settings()
+    argued = set(re.findall(r"^\| `([\w-]+)` \|", readme(), re.M))
+    wanted = names_of(f"{cfg['requirements']} {cfg['dev_requirements']} {cfg['bench_requirements']}".split())
+    assert argued == wanted
+
+
+def test_readme_commands_name_parameters_that_exist():
+    commands = re.findall(r"^papermill (nbs/\S+\.ipynb) (.*)$", readme().replace("\\\n", " "), re.M)
+    assert commands
+    for notebook, rest in commands: assert set(re.findall(r"-p (\w+)", rest)) <= set(papermill.inspect_notebook(str(ROOT / notebook)))
+
+
+def test_readme_make_targets_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"demo", "test", "lab"} <= set(re.findall(r"\bmake (\w+)", readme())) <= targets
+
+
+@pytest.mark.slow
+def test_readme_script_runs(tmp_path):
+    block, = (b for b in re.findall(r"```python\n(.*?)```", readme(), re.S) if "evaluate(" in b)
+    assert "steps=900" in block and len([line for line in block.splitlines() if line.strip()]) <= 10
+    (tmp_path / "script.py").write_text(block.replace("steps=900", "steps=3"))
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'miou'" in done.stdout
+
+
+# ---------------------------------------------------------------- make
+
+def fake_python(folder, body):
+    for name in ("python", "python3", *(f"python3.{minor}" for minor in range(11, 20))):
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(path.stat().st_mode | stat.S_IEXEC)
+
+
+@pytest.mark.parametrize(("body", "sentence"), [
+    ("exit 1", "semiseg_nb needs Python 3.11 or newer"),
+    ('case "$2" in *venv*) exit 1;; esac', "has no venv module"),
+], ids=["old python", "no venv"])
+def test_make_says_in_one_sentence_what_is_missing(tmp_path, body, sentence):
+    for name in ("Makefile", "settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "bin").mkdir()
+    fake_python(tmp_path / "bin", body)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "PY"} | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["make", "install"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("make")]
+    assert done.returncode != 0 and len(said) == 1 and sentence in said[0] and said[0].endswith("run make again.")
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_ci_runs_what_a_person_runs():
+    run = ROOT / ".ci/run"
+    assert os.access(run, os.X_OK)
+    commands = [line for line in run.read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
+    assert commands == ["exec make test"]
