@@ -35,8 +35,8 @@ install: $(READY)
 	@touch $@
 
 demo: $(READY)
-	@rm -rf _demo && mkdir -p _demo
-	$(PY) -m papermill nbs/11_uda.ipynb _demo/11_uda.ipynb --log-output --no-progress-bar -p out_dir _demo
+	@rm -rf _demo
+	$(PY) scripts/demo.py nbs/11_uda.ipynb _demo
 	@$(PY) -m semiseg_nb.records _demo
 
 test: lint

@@ -39,7 +39,8 @@ def to_notebook(text: str, old: dict) -> dict:
         if header := HEADER.match(line.rstrip("\n")):
             fields = dict(field.split("=", 1) for field in header[2].split())
             metadata = {"tags": fields["tags"].split(",")} if "tags" in fields else {}
-            cells.append({"cell_type": "code" if header[1] == "code" else "markdown", "id": fields.get("id"), "metadata": metadata, "source": []})
+            kind = "code" if header[1] == "code" else "markdown"
+            cells.append({"cell_type": kind, "id": fields.get("id"), "metadata": metadata, "source": []})
         elif cells: cells[-1]["source"].append(line)
         else: sys.exit("The text must start with a cell: '# %% md' or '# %% code'.")
     for number, cell in enumerate(cells):

@@ -199,8 +199,7 @@ def _solarize_add(x, v): x.copy_(torch.where(x < 0.5, (x + v).clamp(0, 1), x))
 
 def _posterize(x, v):
     levels = torch.exp2(v)
-    x.mul_(levels).floor_().minimum(levels - 1)
-    x.copy_(torch.minimum(x, levels - 1)).div_(levels)
+    x.copy_(torch.minimum(x.mul_(levels).floor_(), levels - 1)).div_(levels)
 
 
 def _sharpness(x, v):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'PALETTE', 'STYLES', 'MIN_SIZE', 'RADIUS', 'OBJECTS', 'CLUTTER', 'SLOTS', 'PERIOD', 'HINT', 'CONTRAST',
-           'FLIP', 'SAT', 'BGSAT', 'PLAIN', 'GRAIN', 'NOISE', 'make_scenes']
+           'FLIP', 'SAT', 'BGSAT', 'PLAIN', 'GRAIN', 'SHIFTS', 'NOISE', 'make_scenes']
 
 # %% ../nbs/01_scenes.ipynb #imports
 from functools import lru_cache
@@ -21,7 +21,7 @@ PALETTE = [(40, 44, 52), (86, 180, 120), (214, 76, 68), (72, 128, 214), (236, 19
 STYLES = ("photo", "gamma_noise", "textures", "palette", "inverted")
 MIN_SIZE = 32  # below, a stripe is narrower than two pixels
 
-RADIUS = (0.28, 0.46)
+RADIUS = (0.3, 0.46)
 OBJECTS, CLUTTER = 5, 2  # slots: at most five objects, and two plain shapes that belong to the background
 SLOTS = OBJECTS + CLUTTER
 
@@ -60,7 +60,7 @@ def _layout(index):
     radius = _between(u[..., 5], *RADIUS)
     aspect = np.array([0.8, 1.25, 0.9, 0.8, 0.9], np.float32)[cls] + u[..., 6] * np.float32(0.4)
     turn = ((u[..., 7] - np.float32(0.5)) * np.float32(1.2)).astype(np.float64)
-    taper = _between(u[..., 8], -0.25, 0.25)
+    taper = _between(u[..., 8], -0.2, 0.2)
     return {"cls": cls, "family": family, "there": there, "x": centre[..., 0], "y": centre[..., 1], "taper": taper,
             "ax": np.cos(turn).astype(np.float32) / (radius * aspect), "ay": np.sin(turn).astype(np.float32) / (radius * aspect),
             "bx": -np.sin(turn).astype(np.float32) / radius, "by": np.cos(turn).astype(np.float32) / radius}
@@ -103,12 +103,14 @@ def _dots(a, b, square):
 def _checks(a, b, new):
     "Ink of a chequerboard"
     p, q = (np.abs(_frac(z * np.float32(0.7)) * 4 - 2) - 1 for z in (a, b))
-    return (p * q * 4 + 1) * np.float32(0.5)
+    checks = (p * q * 4 + 1) * np.float32(0.5)
+    return checks + new * (np.maximum(p, q) * np.float32(1.2) - checks)
 
 
 def _rings(a, b, new):
     "Ink of concentric rings"
-    return np.abs(_frac(np.sqrt(a * a + b * b)) * 2 - 1)
+    d = np.sqrt(a * a + b * b)
+    return np.abs(_frac(d + new * (np.maximum(np.abs(a), np.abs(b)) - d)) * 2 - 1)
 
 
 @lru_cache(maxsize=1)
@@ -134,17 +136,18 @@ def _rgb(hue, saturation, value):
     return value[..., None] * (1 - saturation[..., None] * (1 - np.clip(k, 0, 1)))
 
 
-def _look(index, layout, hue_shift=0):
+def _look(index, layout, hue_shift):
     "Colours and texture of the ground (row 0) and of every slot: base and ink (N,SLOTS+1,3), and the texture's geometry"
-    u = _uniform(index, 2, SLOTS + 1, 12)
+    u = _uniform(index, 2, SLOTS + 1, 14)
     cls = np.concatenate([np.zeros((len(index), 1), np.uint8), layout["cls"]], 1)
-    hint = np.array([0, 0.33, 0.0, 0.6, 0.12], np.float32)[cls] + hue_shift
-    hue = np.where((cls > 0) & (u[..., 0] < HINT), hint + (u[..., 1] - np.float32(0.5)) * np.float32(0.2), u[..., 1])
-    value = _between(u[..., 2], 0.35, 0.95)
+    hint = np.array([0, 0.33, 0.0, 0.6, 0.12], np.float32)[cls]
+    hue = np.where((cls > 0) & (u[..., 0] < HINT), hint + (u[..., 1] - np.float32(0.5)) * np.float32(0.2), u[..., 13]) + hue_shift[:, None]
+    dark = (cls < 3) ^ (u[..., 12] < FLIP)  # melons and ladybirds carry dark ink on a light body, flags and kites light ink
+    value = np.where(dark, _between(u[..., 2], 0.55, 0.95), _between(u[..., 2], 0.25, 0.6))
     value[:, 0] = _between(u[:, 0, 2], 0.2, 0.7)
     saturation = _between(u[..., 3], *SAT)
     saturation[:, 0] *= np.float32(BGSAT)
-    contrast = _between(u[..., 4], *CONTRAST) * np.where((value > 0.5) ^ (u[..., 0] * 7 % 1 < FLIP), -1, 1).astype(np.float32)
+    contrast = _between(u[..., 4], *CONTRAST) * np.where(dark, -1, 1).astype(np.float32)
     contrast = contrast * np.where(cls == 0, _between(u[..., 11], 0.2, 0.6), 1).astype(np.float32)
     base = _rgb(hue, saturation, value)
     ink = _rgb(hue + (u[..., 5] - np.float32(0.5)) * np.float32(0.5), saturation, np.clip(value + contrast, 0.03, 1))
@@ -160,29 +163,28 @@ def _look(index, layout, hue_shift=0):
 
 
 PERIOD = np.array([[0.2, 0.16, 0.17, 0.36, 0.18], [0, 0.08, 0.07, 0.12, 0.1]], np.float32)
-HINT, CONTRAST, FLIP, SAT, BGSAT, PLAIN = 0.5, (0.35, 0.6), 0.1, (0.15, 0.65), 0.35, 0.3
+HINT, CONTRAST, FLIP, SAT, BGSAT, PLAIN = 0.6, (0.42, 0.65), 0.1, (0.2, 0.65), 0.3, 0.25
 
 # %% ../nbs/01_scenes.ipynb #render
-def _ink(owner, mask, look, grid, style, s, index):
+def _ink(index, owner, mask, look, grid, new):
     "How much ink every pixel carries, (N,S,S): blotches on plain ground, stripes or dots on the objects"
     n, size = owner.shape[:2]
     u = _uniform(index, 5, 3)
     smooth, _ = _banks()
     zoom = _between(u[:, 2], 0.5, 2.0) * np.float32(64)
     at_x = ((grid * zoom[:, None]) + u[:, :1] * 256).astype(np.int64) & 255
-    at_y = ((grid * zoom[:, None]) + u[:, 1:2] * 256).astype(np.int64) & 255
+    at_y = ((grid * zoom[:, None] * (1 + 5 * new)) + u[:, 1:2] * 256).astype(np.int64) & 255
     blotch = smooth.take((at_y << 8)[:, :, None] + at_x[:, None, :])
     ink = blotch.copy()
     flat, cls = ink.reshape(-1), mask.reshape(-1)
     slot = (np.arange(n)[:, None, None] * (SLOTS + 1) + owner).reshape(-1)
-    new = s if style == "textures" else 0
     for c, texture in enumerate((_stripes, _dots, _checks, _rings), 1):
         at = np.flatnonzero(cls == c)
         k = slot[at]
         cos, sin, px, py, sharp, level = (look[name].reshape(-1)[k] for name in ("cos", "sin", "px", "py", "sharp", "level"))
         x, y = grid[at % size], grid[at // size % size]
         a, b = cos * x + sin * y + px, cos * y - sin * x + py
-        t = texture(a, b, np.float32(new))
+        t = texture(a, b, new)
         flat[at] = np.clip((t - np.float32(0.5) + level) * sharp + np.float32(0.5), 0, 1) + GRAIN * (blotch.reshape(-1)[at] - np.float32(0.5))
     return ink, slot.reshape(owner.shape)
 
@@ -197,34 +199,73 @@ def _render(index, size, style, s):
     owner = _place(layout, grid)
     cls = np.concatenate([np.zeros((len(index), 1), np.uint8), layout["cls"]], 1)
     mask = np.take(cls, np.arange(len(index))[:, None, None] * (SLOTS + 1) + owner)
-    look = _look(index, layout)
-    ink, slot = _ink(owner, mask, look, grid, style, s, index)
-    u = _uniform(index, 6, 8)
+    u, v = _uniform(index, 6, 8), _uniform(index, 7, 8)
+    amount = {name: np.float32(s if name == style else 0) for name in STYLES}
+    look = _look(index, layout, amount["palette"] * _between(v[:, 0], 0.3, 0.7))
+    ink, slot = _ink(index, owner, mask, look, grid, amount["textures"])
     light = _between(u[:, 0], 0.0, 0.45)
     turn = u[:, 1].astype(np.float64) * 2 * np.pi
     lx, ly = light * np.cos(turn).astype(np.float32), light * np.sin(turn).astype(np.float32)
     shade = (lx[:, None] * grid)[:, None, :] + ((ly[:, None] * grid) + _between(u[:, 2:3], 0.8, 1.15))[:, :, None]
-    start = (u[:, 3] * 2**17).astype(np.int64)
-    noise = _banks()[1].take((start[:, None] + np.arange(3 * size * size)) & (2**17 - 1)).reshape(-1, 3, size, size)
     image = np.empty((len(index), 3, size, size), np.float32)
     for c in range(3):
         plane = look["ink"][..., c].reshape(-1)[slot] * ink
         plane += look["base"][..., c].reshape(-1)[slot]
         plane *= shade
         image[:, c] = plane
-    image += noise * _between(u[:, 4], *NOISE)[:, None, None, None]
+    image += _grain(u[:, 3], size) * _between(u[:, 4], *NOISE)[:, None, None, None]
+    if s > 0 and style != "photo": image = SHIFTS[style](np.clip(image, 0, 1), v[:, 1:, None, None, None], grid, np.float32(s))
     return image, mask
 
 
-NOISE = (0.01, 0.04)
+def _grain(start, size):
+    at = (start * 2**17).astype(np.int64)[:, None] + np.arange(3 * size * size)
+    return _banks()[1].take(at & (2**17 - 1)).reshape(-1, 3, size, size)
+
+
+def _gamma_noise(image, v, grid, s):
+    bend = np.where(v[:, 0] < 0.5, np.float32(0.25), np.float32(4))
+    image = image + s * (image / (image + (1 - image) * bend) - image)
+    return image + s * np.float32(0.13) * _grain(v[:, 1, 0, 0, 0], len(grid))
+
+
+def _stripe_overlay(image, v, grid, s):
+    wave = np.abs(_frac(_between(v[:, 0], 1, 3) * grid + _between(v[:, 1], 1, 3) * grid[:, None]) * 2 - 1)
+    return image * (1 + s * np.float32(0.7) * (wave - np.float32(0.5)))
+
+
+def _inverted(image, v, grid, s):
+    image = np.where(image > 1 - s * np.float32(1.001), 1 - image, image)
+    x, y = grid, grid[:, None]
+    field = _between(v[:, 0], -0.4, 0.4) * x + _between(v[:, 1], -0.4, 0.4) * y + _between(v[:, 2], -0.3, 0.3) * (x * x + y * y - 1)
+    return image * (1 + s * field)
+
+
+SHIFTS = {"gamma_noise": _gamma_noise, "textures": lambda image, *_: image, "palette": _stripe_overlay, "inverted": _inverted}
+NOISE = (0.01, 0.035)
 
 # %% ../nbs/01_scenes.ipynb #make-scenes
-def make_scenes(indices, size=64, style="photo", strength=1.0):
-    index = np.asarray(indices).astype(np.uint64).reshape(-1)
+def make_scenes(
+    indices,  # integers >= 0: a list, a range, an array or a tensor of any shape (N)
+    size: int = 64,  # side of the square images, at least 32
+    style: str = "photo",  # one of `STYLES`
+    strength: float = 1.0,  # of the style's shift, in [0,1]; 0 is `photo`, bit for bit
+) -> tuple[Tensor, Tensor]:  # images uint8 (N,3,S,S), masks uint8 (N,S,S) with classes 0..4
+    "Scenes as a pure function of their index; raises `UserError` for an unknown style, a strength or a size out of range"
+    index = np.asarray(indices)
+    if index.size == 0: index = index.astype(np.int64)
+    if index.dtype.kind not in "iu" or (index.size and int(index.min()) < 0):
+        raise UserError(f"Scene indices must be integers from 0 on, not {indices!r:.60}.")
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
+        raise UserError(f"Scenes are square: size must be one integer, the side in pixels, not {size!r}.")
+    if size < MIN_SIZE: raise UserError(f"size {size} is too small for the textures: scenes need at least {MIN_SIZE} pixels.")
+    one_of(style, STYLES, "style")
+    if not 0 <= strength <= 1: raise UserError(f"strength {strength} is out of range: it must lie in [0,1].")
+    index = index.astype(np.uint64).reshape(-1)
     images = np.empty((len(index), 3, size, size), np.uint8)
     masks = np.empty((len(index), size, size), np.uint8)
-    for i in range(0, len(index), 32):
-        image, masks[i:i + 32] = _render(index[i:i + 32], size, style, strength)
-        np.multiply(image, 255, out=image); image += np.float32(0.5)
-        images[i:i + 32] = np.clip(image, 0, 255, out=image).astype(np.uint8)
+    chunk = max(1, 32 * 64 * 64 // size**2)  # scenes that fit into a processor's cache together
+    for i in range(0, len(index), chunk):
+        image, masks[i:i + chunk] = _render(index[i:i + chunk], int(size), style, float(strength))
+        images[i:i + chunk] = np.clip(image * 255 + np.float32(0.5), 0, 255).astype(np.uint8)
     return torch.from_numpy(images), torch.from_numpy(masks)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .augment import PHOTO, Policy, cutmix, cutmix_boxes, flip_crop, randaugment
-from .core import EMA, IGNORE, one_of, ramp
+from .core import EMA, IGNORE, in_range, one_of, ramp
 from .engine import Clock, Method
 from .losses import consistency, cross_entropy
 from .supervised import labelled_views, view
@@ -104,6 +104,10 @@ class UDA(Method):
     ):
         super().__init__()
         one_of(teacher, ("ema", "self"), "teacher")
+        if tsa != "off": tsa_threshold(0, 2, tsa)
+        in_range("weight", weight, 0)
+        in_range("temperature", temperature, 1e-6)
+        in_range("mix", mix, 0, 1)
         self.net, self.ema = net, EMA(net, ema_decay)
         self.policies = labelled_views(views, task.mean, n, strength)
         self.weak = flip_crop(fill=task.mean)

@@ -23,7 +23,6 @@ def number(path): return int(path.name[:2]) if path.name[:2].isdigit() else -1
 
 
 METHODS = [p for p in NOTEBOOKS if 10 <= number(p) < 50]
-WITH_PARAMETERS = [p for p in NOTEBOOKS if number(p) >= 10]
 
 
 def each(paths): return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
@@ -32,6 +31,7 @@ def each(paths): return pytest.mark.parametrize("path", paths, ids=lambda p: p.s
 def read(path): return json.loads(path.read_text(encoding="utf-8"))
 def code_cells(path): return [c for c in read(path)["cells"] if c["cell_type"] == "code"]
 def source(cell): return "".join(cell["source"])
+def tagged(path): return [c for c in code_cells(path) if "parameters" in c["metadata"].get("tags", [])]
 def declared(path): return papermill.inspect_notebook(str(path))
 
 
@@ -65,7 +65,7 @@ def test_runs_with_the_smoke_parameters(path, tmp_path):
 
 
 @pytest.mark.slow
-@each(WITH_PARAMETERS)
+@each([p for p in NOTEBOOKS if tagged(p)])
 def test_an_unknown_parameter_stops_the_notebook(path, tmp_path):
     with pytest.raises(PapermillExecutionError) as error:
         execute(path, tmp_path / path.name, **smoke_parameters(path, tmp_path), stepz=1)
@@ -78,18 +78,17 @@ def test_every_smoke_parameter_is_declared_somewhere():
     assert set(SMOKE) <= {name for path in NOTEBOOKS for name in declared(path)}
 
 
-@each(sorted((ROOT / "nbs/params").glob("*-*.yaml")))
-def test_a_parameter_file_fits_its_notebook(path):
-    method = path.stem.split("-")[0]
-    notebook, = (p for p in METHODS if p.stem.split("_", 1)[1] == method)
-    assert set(yaml.safe_load(path.read_text())) <= set(declared(notebook))
+def test_a_parameter_file_fits_its_notebook():
+    for path in (ROOT / "nbs/params").glob("*-*.yaml"):
+        notebook, = (p for p in METHODS if p.stem.split("_", 1)[1] == path.stem.split("-")[0])
+        assert set(yaml.safe_load(path.read_text())) <= set(declared(notebook)), path.name
 
 
 @each(NOTEBOOKS)
 def test_parameters_are_commented_literals(path):
-    tagged = [c for c in code_cells(path) if "parameters" in c["metadata"].get("tags", [])]
-    assert len(tagged) == 1 if path in METHODS else len(tagged) <= 1
-    for cell in tagged:
+    cells = tagged(path)
+    assert len(cells) == 1 if path in METHODS else len(cells) <= 1
+    for cell in cells:
         text = source(cell)
         assert text.startswith("# parameters\n"), "its first line is how `notebook_parameters` finds it"
         comments = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
