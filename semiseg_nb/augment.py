@@ -166,7 +166,7 @@ def fixed_matrix(
     return replace(P, matrix=f(matrix), warp=f((T @ np.linalg.inv(matrix) @ S)[:, :2]), unwarp=f((T @ matrix @ S)[:, :2]))
 
 # %% ../nbs/03_augment.ipynb #photo-ops
-def _grey(x): return x[:, :1] * 0.2989 + x[:, 1:2] * 0.587 + x[:, 2:] * 0.114
+def _grey(x): return (x[:, :1] * 0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
 
 
 def _brightness(x, v): x.mul_(v).clamp_(0, 1)
@@ -178,8 +178,8 @@ def _contrast(x, v):
 
 
 def _color(x, v):
-    grey = _grey(x)
-    x.mul_(v).add_(grey * (1 - v)).clamp_(0, 1)
+    grey = _grey(x).mul_(1 - v)
+    x.mul_(v).add_(grey).clamp_(0, 1)
 
 
 def _autocontrast(x, v):
@@ -191,34 +191,35 @@ def _autocontrast(x, v):
 def _invert(x, v): x.neg_().add_(1)
 
 
-def _solarize(x, v): x.copy_(torch.where(x >= v, 1 - x, x))
+def _solarize(x, v): x.sub_(x.ge(v).to(x)).abs_()                       # x below the threshold, |x - 1| above
 
 
-def _solarize_add(x, v): x.copy_(torch.where(x < 0.5, (x + v).clamp(0, 1), x))
+def _solarize_add(x, v): x.add_(x.lt(0.5) * v).clamp_(0, 1)
 
 
 def _posterize(x, v):
     levels = torch.exp2(v)
-    x.copy_(torch.minimum(x.mul_(levels).floor_(), levels - 1)).div_(levels)
+    torch.minimum(x.mul_(levels).floor_(), levels - 1, out=x).div_(levels)
 
 
 def _sharpness(x, v):
     if min(x.shape[-2:]) < 3: return
+    rows = (x[..., :-2, :] + x[..., 1:-1, :]).add_(x[..., 2:, :])
+    blur = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])       # sums of 3x3 pixels
     inner = x[..., 1:-1, 1:-1]
-    blur = F.avg_pool2d(x, 3, 1) * (9 / 13) + inner * (4 / 13)
-    inner.add_((blur - inner) * (1 - v))
+    inner.mul_(v + (1 - v) * (4 / 13)).add_(blur.mul_((1 - v) / 13))
     x.clamp_(0, 1)
 
 
 def _equalize(x, v):
-    bins = x.mul(255.999).long().flatten(2)
+    bins = x.mul(255.999).clamp_(0, 255).long().flatten(2)
     counts = bins.new_zeros((*bins.shape[:2], 256)).scatter_add_(2, bins, torch.ones_like(bins))
     total = counts.cumsum(2)
     last = total.argmax(2, keepdim=True)                                # the brightest value that occurs
     step = (bins.shape[2] - counts.gather(2, last)) // 255
     table = (total - counts + step // 2).div(step.clamp(min=1), rounding_mode="floor").clamp(0, 255)
     table = torch.where(step == 0, torch.arange(256, device=x.device), table)
-    x.copy_((table.to(x.dtype) / 255).gather(2, bins).view_as(x))
+    torch.gather(table.to(x) / 255, 2, bins, out=x.flatten(2))
 
 
 _PHOTO_OP = {"brightness": _brightness, "contrast": _contrast, "color": _color, "autocontrast": _autocontrast, "invert": _invert,
@@ -245,33 +246,31 @@ def _photo(x, P):
     return x
 
 # %% ../nbs/03_augment.ipynb #warp
-def _sources(theta, size):
-    "Where every output pixel comes from, in [-1,1]: (n,2,3) -> x and y, each (n,H,W)"
+def _grid(theta, size):
+    "Where every output pixel comes from, in [-1,1]: (n,2,3) -> (n,H,W,2)"
     H, W = size
     u = (torch.arange(W, device=theta.device, dtype=theta.dtype) * 2 + 1 - W) / W
     v = (torch.arange(H, device=theta.device, dtype=theta.dtype) * 2 + 1 - H) / H
-    t = theta[..., None, None]
-    return tuple((t[:, i, 0] * u + t[:, i, 2]) + t[:, i, 1] * v[:, None] for i in (0, 1))
+    across = theta[:, :, 0, None] * u + theta[:, :, 2, None]            # (n,2,W)
+    down = theta[:, :, 1, None] * v                                     # (n,2,H)
+    return across.transpose(1, 2)[:, None] + down.transpose(1, 2)[:, :, None]
 
 
-def _bilinear(x, theta):
-    "Warp rows of (m,C,H,W) with bilinear interpolation and zeros outside; also the part (m,H,W) of each pixel that is inside"
-    H, W = x.shape[-2:]
-    gx, gy = _sources(theta, (H, W))
-    out = F.grid_sample(x, torch.stack([gx, gy], -1), mode="bilinear", padding_mode="zeros", align_corners=False)
-    return out, _inside(gx, W) * _inside(gy, H)
+def _bilinear(x, grid): return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _inside(g, n): return ((1 - g.abs()) * (n / 2) + 0.5).clamp(0, 1)
+def _inside(grid):
+    "Which part of each pixel stems from inside: (n,H,W) in [0,1]"
+    H, W = grid.shape[1:3]
+    part = grid.abs().neg_().add_(1).mul_(grid.new_tensor([W / 2, H / 2])).add_(0.5).clamp_(0, 1)
+    return part[..., 0] * part[..., 1]
 
 
 def _nearest(y, theta, fill):
     "Warp rows of an integer map (m,H,W): the nearest source pixel, `fill` where that lies outside"
-    H, W = y.shape[-2:]
-    gx, gy = _sources(theta, (H, W))
-    ix, iy = ((gx + 1) * (W / 2)).floor().long(), ((gy + 1) * (H / 2)).floor().long()
-    out = y.flatten(1).gather(1, (iy.clamp(0, H - 1) * W + ix.clamp(0, W - 1)).flatten(1)).view_as(y)
-    return out.masked_fill((ix < 0) | (ix >= W) | (iy < 0) | (iy >= H), fill)
+    shifted = y[:, None].to(theta).sub_(fill)                             # outside is 0, so `fill` has to be 0 as well
+    out = F.grid_sample(shifted, _grid(theta, y.shape[-2:]), mode="nearest", padding_mode="zeros", align_corners=False)
+    return (out[:, 0] + fill).to(y.dtype)
 
 
 def _holes(P, size, device):
@@ -364,8 +363,8 @@ class Policy:
         moved, erased = _IS_GEO[op].any(1), _IS_ERASE[op].any(1)
         if moved.any():
             rows, warp = _rows(moved, x.device), P.warp.to(x, non_blocking=True)
-            part = out if rows is None else out.index_select(0, rows)
-            part = _bilinear(part - fill, warp if rows is None else warp.index_select(0, rows))[0] + fill
+            part, warp = (out, warp) if rows is None else (out.index_select(0, rows), warp.index_select(0, rows))
+            part = _bilinear(part - fill, _grid(warp, size)).add_(fill)
             out = part if rows is None else out.index_copy(0, rows, part)
         return torch.where(_holes(P, size, x.device)[:, None], fill, out) if erased.any() else out
 
@@ -411,8 +410,7 @@ class Policy:
         "Which pixels of the view stem from inside the image and were not erased"
         size = tuple(size or P.size)
         p = torch.empty(len(P), 0, *size, device=P.warp.device)
-        gx, gy = _sources(P.warp, size)
-        valid = _inside(gx, size[1]) * _inside(gy, size[0]) > 0.999
+        valid = _inside(_grid(P.warp, size)) > 0.999
         holes = _hole_weight(P, p)
         return valid if holes is None else valid & ~holes
 
@@ -442,9 +440,9 @@ def _soft(p, P, theta, holes, inverse=False):
     if moved.any():
         rows, theta = _rows(moved, p.device), theta.to(p, non_blocking=True)
         pick = lambda t: t if rows is None else t.index_select(0, rows)
-        out, part = _bilinear(pick(p), pick(theta))
-        if inverse and holes is not None:
-            part = _bilinear(pick(valid)[:, None].to(p), pick(theta))[0][:, 0]
+        grid = _grid(pick(theta), p.shape[-2:])
+        out, part = _bilinear(pick(p), grid), _inside(grid)
+        if inverse and holes is not None: part = _bilinear(pick(valid)[:, None].to(p), grid)[:, 0]
         good = part > 0.999
         out = out / torch.where(good, part, 1)[:, None]
         p, valid = (out, good) if rows is None else (p.index_copy(0, rows, out), valid.index_copy(0, rows, good))

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import Cityscapes, OxfordIIITPet, SBDataset, VOCSegmentation
@@ -29,7 +30,7 @@ from . import scenes
 from .core import IGNORE, UserError, generator, one_of
 
 # %% ../nbs/02_data.ipynb #reading
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
 def _open(path) -> Image.Image:
@@ -50,22 +51,19 @@ def read_image(
     stretch: bool = False,  # spread the values between the 1 and 99.8 percentiles over 0..255
 ) -> Tensor:  # uint8 (3,H,W)
     "Read an image upright and as RGB; raises `UserError` naming the file"
-    picture = ImageOps.exif_transpose(_open(path))
-    if picture.mode[0] in "IF":  # 16 bits and floats: PIL's own conversion would clip at 255
-        a = np.asarray(picture, np.float32)
-        a = a * (255 / max(65535.0 if picture.mode.startswith("I") else 1.0, a.max()))
-        if stretch: a = _stretched(np.asarray(picture, np.float32))
-        picture = Image.fromarray(a.round().astype(np.uint8))
-    elif stretch:
-        picture = Image.fromarray(_stretched(np.asarray(picture.convert("RGB"), np.float32)).round().astype(np.uint8))
-    picture = picture.convert("RGB")
+    picture = _eight_bits(ImageOps.exif_transpose(_open(path)), stretch)
     if size: picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def _stretched(a):
-    low, high = np.percentile(a, (1, 99.8))
-    return np.clip((a - low) / (high - low), 0, 1) * 255 if high > low else np.clip(a, 0, 255)
+def _eight_bits(picture: Image.Image, stretch: bool) -> Image.Image:
+    deep = picture.mode[0] in "IF"  # 16 bits or floats: PIL's own conversion would clip them at 255
+    if not deep: picture = picture.convert("RGB")
+    if not (deep or stretch): return picture
+    a = np.asarray(picture, np.float32)
+    low, high = np.percentile(a, (1, 99.8)) if stretch else (0, max(a.max(), 65535 if picture.mode[0] == "I" else 1))
+    if high > low: a = (a - low) / (high - low) * 255
+    return Image.fromarray(a.clip(0, 255).round().astype(np.uint8)).convert("RGB")
 
 
 def read_mask(
@@ -76,7 +74,7 @@ def read_mask(
     "Read a mask without turning its palette into colours; raises `UserError` naming the file"
     if str(path).endswith(".mat"):
         try: picture = Image.fromarray(loadmat(path)["GTcls"][0]["Segmentation"][0])
-        except (*UNREADABLE, KeyError, NotImplementedError) as e:
+        except (*UNREADABLE, KeyError, NotImplementedError, MatReadError) as e:
             raise UserError(f"'{path}' cannot be read as an SBD mask ({e}): unpack it again.") from None
     else: picture = _open(path)
     if len(picture.getbands()) > 1:
@@ -203,10 +201,10 @@ class Task:
     split_id: str = field(init=False)  # short hash of who is where, and of the size
 
     def __post_init__(self):
-        if isinstance(self.unlabelled, Labelled): raise TypeError("The unlabelled set must be `Images`, not `Labelled`.")
+        if isinstance(self.unlabelled, Labelled): raise TypeError("The unlabelled set may not be `Labelled`.")
         sets = [self.labelled.ids, self.unlabelled.ids, self.val.ids, self.tune.ids if self.tune else ()]
         twice = next((i for i, n in Counter(i for ids in sets for i in ids).items() if n > 1), None)
-        if twice: raise UserError(f"Image '{twice}' is in the task twice: labelled, unlabelled, val and tune may not overlap.")
+        if twice: raise UserError(f"Image '{twice}' is in the task twice: its four sets must be disjoint.")
         self.size = self.labelled.size
         self.mean = image_mean(self.labelled, self.unlabelled)
         self.split_id = split_id(*sets, self.size)
@@ -243,8 +241,7 @@ def image_mean(
 
 # %% ../nbs/02_data.ipynb #stream
 class Stream(Sampler):
-    "Batches of indices without end: batch k depends on (seed, k) alone, so a run resumes at step k by asking for "
-    "batch k"
+    "Batches of indices without end; batch k depends on (seed, k) alone, hence exact resume"
 
     def __init__(
         self,
@@ -383,17 +380,15 @@ def as_size(
 
 # %% ../nbs/02_data.ipynb #survey
 def _image_size(path) -> tuple:
-    "(H,W) from the header, and a look at the file's end; raises `UserError` for a file that is no picture or is cut "
-    "off"
+    "(H,W) from the header, and a look at the file's end; raises `UserError` when it is no picture or cut off"
     try:
         with Image.open(path) as picture:
             (w, h), kind = picture.size, picture.format
             turned = kind in ("JPEG", "MPO", "TIFF") and picture.getexif().get(274, 1) >= 5
-        end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind)
-        if end:
             with open(path, "rb") as f:
-                f.seek(max(0, Path(path).stat().st_size - 65536))
-                if end not in f.read(): raise OSError("the file is truncated")
+                f.seek(max(0, Path(path).stat().st_size - 32))
+                whole = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind, b"") in f.read()
+            if not whole: picture.load()  # an unusual end: only decoding tells whether something is missing
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist: put the file back or take its name off the list.") from None
     except UNREADABLE as e:
@@ -408,8 +403,7 @@ def _survey(item: Item, table=None) -> tuple:
     mask = read_mask(item.mask, table=table)
     if tuple(mask.shape) != size:
         raise UserError(f"Mask '{item.mask}' is {mask.shape[1]} x {mask.shape[0]} pixels, but its image "
-                        f"'{item.image.name}' is "
-                        f"{size[1]} x {size[0]}: both must have the same width and height.")
+                        f"'{item.image.name}' is {size[1]} x {size[0]}: both must have the same width and height.")
     return size, torch.bincount(mask.flatten(), minlength=256)
 
 
@@ -433,17 +427,15 @@ def _check_masks(items, histograms, classes) -> tuple:
     if not present or present == [0]:
         if total[IGNORE]:
             raise UserError(f"Mask '{first.mask}' and all others hold only the values 0 and 255, and 255 means "
-                            "'unknown': "
-                                          "write 1, not 255, where the object is.")
+                            "'unknown': write 1, not 255, where the object is.")
         raise UserError(f"Mask '{first.mask}' and all others hold only the value 0: there is no second class to learn.")
     if classes is None:
         top = present[-1]
         if top > 20 and 2 * len(present) < top:
             where = next(i for i, h in zip(items, histograms) if h[top])
             raise UserError(f"Mask '{where.mask}' holds the value {top}, but the masks show only {len(present)} "
-                            "different values: they look "
-                            "like grey shades. Write class ids 0, 1, 2, ..., or name the classes in classes.txt, one "
-                            "a line.")
+                            "different values: they look like grey shades. Write class ids 0, 1, 2, ..., or name the "
+                            "classes in classes.txt, one a line.")
         classes = tuple(f"class {i}" for i in range(top + 1))
     for item, histogram in zip(items, histograms): _check_values(item, histogram, len(classes))
     return classes
@@ -473,8 +465,7 @@ def class_palette(n: int) -> tuple:
 
 
 class Folder:
-    "A folder of images and masks: `images/<split>` and `masks/<split>` with an optional `dataset.json`, or plain "
-    "`images` and `masks`"
+    "A folder data set: `images/<split>` and `masks/<split>`, or plain `images` and `masks`; `dataset.json` is optional"
 
     def __init__(
         self,
@@ -487,16 +478,14 @@ class Folder:
             raise UserError(f"data_root '{root}' does not exist: give the folder that holds 'images' and 'masks'.")
         if not (root / "images").is_dir():
             raise UserError(f"data_root '{root}' has no folder 'images': put the images into images/ and their masks "
-                            "into masks/, "
-                            "or into images/train, images/val and masks/train, masks/val.")
+                            "into masks/, or into images/train, images/val and masks/train, masks/val.")
         self.info = self._read_info()
         folders = sorted(p.name for p in (root / "images").iterdir() if p.is_dir() and not p.name.startswith("."))
         self.plain = not folders
         self.splits = {split: self._items(split) for split in ([""] if self.plain else folders)}
         if not self.plain and "train" not in self.splits:
             raise UserError(f"'{root / 'images'}' has the folders {', '.join(folders)}, but none called 'train': "
-                            "name the training images so, "
-                            "or put all images into images/ itself.")
+                            "name the training images so, or put all images into images/ itself.")
         self.classes, self.palette = self._read_classes()
 
     def _wrong(self, sentence: str) -> None:
@@ -546,8 +535,7 @@ class Folder:
         return self.splits[one_of(name, self.splits, "split")]
 
     def parts(self, split_seed: int) -> tuple:
-        "(images in the order in which they get labels, images unlabelled in any case, validation images) of one "
-        "split seed"
+        "(images in the order of their labels, images that stay unlabelled, validation images) of one split seed"
         train = self.split("train")
         if not train:
             raise UserError(f"'{self.root / 'images'}' holds no training image: endings can be "
@@ -555,13 +543,11 @@ class Folder:
         masked, order, val = [s for s in train if train[s].mask], self.info.get("label_order"), self.splits.get("val")
         if val is not None and not val:
             raise UserError(f"'{self.root / 'images' / 'val'}' holds no image: put the validation images there, or "
-                            "remove the "
-                            "folder to have a fifth of the labelled images taken.")
+                            "remove the folder to have a fifth of the labelled images taken.")
         if val is None:
             if len(masked) < 2:
                 raise UserError(f"'{self.root / 'masks'}' holds {len(masked)} mask(s) that belong to an image: at "
-                                "least two are "
-                                "needed, one labelled image to train on and one to validate.")
+                                "least two are needed, one labelled image to train on and one to validate.")
             held = _shuffled(masked, split_seed, "val")[: max(1, len(masked) // 5)]
             val = {s: train[s] for s in sorted(held)}
             masked = [s for s in masked if s not in val]
@@ -614,8 +600,7 @@ def cut(
     unlabelled = list(order[n_labelled:room]) + list(pool)
     if n_unlabelled is None and not unlabelled:
         raise UserError(f"There is no unlabelled image: all {room} training images are labelled{aside}; lower "
-                        "n_labelled, add images without "
-                        "a mask, or give n_unlabelled=0 for a supervised run.")
+                        "n_labelled, add images without a mask, or give n_unlabelled=0 for a supervised run.")
     if n_unlabelled is not None and not 0 <= n_unlabelled <= len(unlabelled):
         raise UserError(f"n_unlabelled is {n_unlabelled}, but {len(unlabelled)} images are left beside the labelled "
                         f"ones: choose 0 to {len(unlabelled)}.")
@@ -709,8 +694,7 @@ def _one_size(items, sizes, size) -> tuple:
     for item, s in zip(items, sizes):
         if s != sizes[0]:
             raise UserError(f"'{item.image}' is {s[1]} x {s[0]} pixels, but '{items[0].image.name}' is {sizes[0][1]} "
-                            f"x {sizes[0][0]}: "
-                            "give a size, one number or (height, width), to which all are resized.")
+                            f"x {sizes[0][0]}: give a size, one number or (height, width), to which all are resized.")
     return sizes[0]
 
 
@@ -797,8 +781,7 @@ def _pairs(images, masks) -> list: return [Item(Path(i).stem, Path(i), Path(m)) 
 
 
 def _voc(root: Path, split_seed: int, augmented: bool) -> Source:
-    "Pascal VOC 2012, with the images of SBD unless `augmented` is False; the 1,464 finely annotated images get "
-    "labels first"
+    "Pascal VOC 2012, with SBD unless `augmented` is False; the 1,464 finely annotated images get labels first"
     tree = f"'{root / 'VOCdevkit' / 'VOC2012'}' with JPEGImages, SegmentationClass and ImageSets/Segmentation"
     try: train, val = (VOCSegmentation(root, image_set=s) for s in ("train", "val"))
     except (RuntimeError, OSError): raise _needs(root, "Pascal VOC 2012", VOC_PAGE, tree) from None
@@ -819,8 +802,8 @@ def _sbd(root: Path) -> dict:
         return {s: Item(s, base / "JPEGImages" / f"{s}.jpg", p) for s, p in masks.items()}
     try: parts = [SBDataset(root / "sbd", image_set=s, mode="segmentation") for s in ("train", "val")]
     except (RuntimeError, OSError):
-        tree = (f"'{root / 'sbd'}' with img, cls, train.txt and val.txt, or '{base / 'SegmentationClassAug'}' with one PNG "
-                "an image")
+        tree = (f"'{root / 'sbd'}' with img, cls, train.txt and val.txt, or '{base / 'SegmentationClassAug'}' with one "
+                "PNG an image")
         raise _needs(root, "SBD (augmented=False does without)", SBD_PAGE, tree) from None
     return {item.id: item for part in parts for item in _pairs(part.images, part.masks)}
 
@@ -846,8 +829,8 @@ PET_PAGE = "https://www.robots.ox.ac.uk/~vgg/data/pets/ (images.tar.gz and annot
 
 
 def _pet(root: Path, split_seed: int) -> Source:
-    "Oxford-IIIT Pet: the trimap's pet, background and border (1, 2, 3) become classes 1, 0, 2; `val` is the official test part"
-    tree = f"'{root / 'oxford-iiit-pet'}' with images, annotations/trimaps, annotations/trainval.txt and annotations/test.txt"
+    "Oxford-IIIT Pet: the trimap's pet, background, border (1, 2, 3) become 1, 0, 2; `val` is the official test part"
+    tree = f"'{root / 'oxford-iiit-pet'}' with images, annotations/trimaps, annotations/trainval.txt and .../test.txt"
     try: train, val = (OxfordIIITPet(root, split=s, target_types="segmentation") for s in ("trainval", "test"))
     except (RuntimeError, OSError): raise _needs(root, "Oxford-IIIT Pet", PET_PAGE, tree) from None
     table = torch.full((256,), IGNORE, dtype=torch.uint8)
@@ -882,11 +865,11 @@ def load_task(
     "A checked task: who is labelled, unlabelled, for tuning and for the report; raises `UserError` in one sentence"
     one_of(dataset, DATASETS, "dataset")
     if extra_unlabelled is not None and (dataset != "folder" or extra_unlabelled in ("train", "val")):
-        raise UserError(f"extra_unlabelled '{extra_unlabelled}' with dataset '{dataset}': it names a further split of a folder "
-                        "data set, neither train nor val.")
+        raise UserError(f"extra_unlabelled '{extra_unlabelled}' with dataset '{dataset}': it names a further split "
+                        "of a folder data set, neither train nor val.")
     crop = as_size(crop, "crop")
     if dataset == "scenes":
-        if label_order is not None: raise UserError("label_order lists files; for scenes leave it out and choose a split_seed.")
+        if label_order is not None: raise UserError("label_order lists files: for scenes choose a split_seed instead.")
         return _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, strength, weak_tags, crop)
     source = _source(dataset, data_root, split_seed, _read_ids(label_order), augmented)
     pool = list(source.pool)
@@ -924,7 +907,8 @@ def load_split(
     labelled = all(i.mask for i in items)
     if labelled:
         sizes, histograms = _checked(source, items)
-        classes = _check_masks(items, histograms, source.classes or classes)
+        classes = source.classes or classes or _check_masks(items, histograms, None)
+        for item, histogram in zip(items, histograms): _check_values(item, histogram, len(classes))
     else: sizes, _ = _survey_all([Item(i.id, i.image) for i in items])
     size = _one_size(items, sizes, as_size(size))
     def load(files): return files.in_memory() if 4 * len(items) * size[0] * size[1] <= memory_limit else files
@@ -975,8 +959,7 @@ class Report:
 
 
 def check_folder(root) -> Report:
-    "The mask doctor: read every file of a folder data set and list everything that is wrong, not only the first "
-    "mistake"
+    "The mask doctor: read every file of a folder data set and list all that is wrong, not only the first mistake"
     report = Report(str(root))
     try: folder = Folder(root, report.problems)
     except UserError as e:
@@ -996,9 +979,9 @@ def check_folder(root) -> Report:
             counts["sizes"][size] += 1
             if histogram is not None: seen.setdefault(split, []).append((item, histogram))
             content.setdefault(hashlib.sha256(item.image.read_bytes()).digest(), []).append(item)
-        if len(counts["sizes"]) > 1: report.notes.append(f"'{split or 'images'}' has images of several sizes: give a size.")
-        if split == "val":
-            report.problems += [f"Image '{i.image}' has no mask, but a validation image needs one." for i in items.values() if not i.mask]
+        if len(counts["sizes"]) > 1: report.notes.append(f"'{split or 'images'}' has images of several sizes.")
+        bare = [i.image for i in items.values() if split == "val" and not i.mask]
+        report.problems += [f"Image '{path}' has no mask, but a validation image needs one." for path in bare]
     _diagnose_values(folder, report, seen)
     for first, *others in content.values():
         for other in others:

@@ -173,7 +173,8 @@ def reliability(
     accuracy, claimed = (np.bincount(bin_, v, bins) / np.maximum(count, 1) for v in (correct, conf))
     ece = float((np.abs(accuracy - claimed) * count).sum() / conf.size)
     centres, used = (np.arange(bins) + 0.5) / bins, count > 0
-    ax.bar(centres[used], accuracy[used], 0.95 / bins, color="tab:blue", alpha=0.3 + 0.7 * np.sqrt(count[used] / count.max()), label="right how often")
+    shade = plt.get_cmap("Blues")(0.3 + 0.6 * np.sqrt(count[used] / count.max()))  # darker: more pixels
+    ax.bar(centres[used], accuracy[used], 0.95 / bins, color=shade, label="right how often")
     ax.plot(claimed[used], claimed[used], "r_", markersize=9, markeredgewidth=1.5, label="claimed")
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=title or f"calibration error {ece:.3f}")

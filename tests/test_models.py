@@ -1,0 +1,220 @@
+"Networks: two halves that join, any size, every weight trained, encoders of timm, weights from files, errors in one sentence"
+import socket
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from semiseg_nb.core import UserError, seed_everything
+from semiseg_nb.models import (DeepLabV3, EncoderNet, UNet, build_model, count_parameters, encoder_name, load_weights,
+                               read_weights)
+
+OURS = ["unet", "deeplabv3"]
+TINY = ["resnet18", "convnext_atto", "mobilenetv3_small_050"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    seed_everything(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def images(*size, n=1): return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_forward_is_decode_of_encode(model):
+    net, x = build_model(model, 5, width=8).eval(), images(48, 64, n=2)
+    features = net.encode(x)
+    assert all(a.shape[-1] >= b.shape[-1] for a, b in zip(features, features[1:])), "finest first"
+    assert torch.equal(net.decode(features, x.shape[-2:]), net(x))
+
+
+@pytest.mark.parametrize("model", OURS)
+@pytest.mark.parametrize("size", [(64, 64), (37, 53), (9, 17), (61, 8), (1, 1), (90, 120)])
+def test_any_size_gives_logits_of_that_size(model, size):
+    assert build_model(model, 3, width=4).eval()(images(*size)).shape == (1, 3, *size)
+
+
+@pytest.mark.parametrize("model", OURS)
+@pytest.mark.parametrize("n_classes", [2, 7, 21])
+def test_one_channel_per_class(model, n_classes):
+    assert build_model(model, n_classes, width=4).eval()(images(16, 16)).shape[1] == n_classes
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_gradient_reaches_every_parameter_at_batch_one(model):
+    net = build_model(model, 4, width=4).train()
+    F.cross_entropy(net(images(32, 32)), torch.randint(0, 4, (1, 32, 32))).backward()
+    for name, p in net.named_parameters(): assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_gradient_reaches_the_whole_image(model):
+    net, x = build_model(model, 4, width=16).eval(), images(24, 24).requires_grad_()
+    net(x).square().sum().backward()
+    assert (x.grad.abs().sum(1) > 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_normalisation_is_inside(model):
+    net = build_model(model, 3, width=4, mean=(0.2, 0.4, 0.6), std=(0.1, 0.2, 0.3)).eval()
+    plain = build_model(model, 3, width=4, mean=(0, 0, 0), std=(1, 1, 1)).eval()
+    weights = {k: v for k, v in net.state_dict().items() if k not in ("mean", "std")}
+    plain.load_state_dict(weights, strict=False)
+    x = images(16, 16)
+    shifted = (x - torch.tensor([0.2, 0.4, 0.6]).view(3, 1, 1)) / torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    torch.testing.assert_close(net(x), plain(shifted), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_channels_last_gives_the_same(model):
+    net, x = build_model(model, 4, width=8).eval(), images(40, 24, n=2)
+    a = net(x)
+    b = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_shifts_by_the_stride_move_the_output_and_others_do_not(model):
+    if model == "deeplabv3": net = DeepLabV3(4, 4, rates=(1,)).eval()
+    else: net = UNet(4, 4).eval()
+    x = images(64, 320)
+    def change(s):
+        with torch.no_grad(): a, b = net(x[..., 64:-64]), net(x[..., 64 - s:-64 - s])
+        return float((a[..., 80:-80] - b[..., 80 + s:-80 + s]).abs().mean() / a.abs().mean())
+    if model == "deeplabv3":  # its image pooling sees the whole image, which a shift changes: switch it off
+        net.aspp.whole[0].weight.data.zero_()
+    assert change(8) < 1e-5 and change(3) > 100 * max(change(8), 1e-8)
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_a_few_steps_learn_one_batch(model):
+    net, x, y = build_model(model, 3, width=8), images(32, 32, n=4), torch.zeros(4, 32, 32, dtype=torch.long)
+    y[:, 8:24, 8:24], y[:, :, 28:] = 1, 2
+    x = (x + torch.eye(3)[y].permute(0, 3, 1, 2)) / 2
+    optimiser = torch.optim.AdamW(net.parameters(), 1e-2)
+    for _ in range(25):
+        loss = F.cross_entropy(net(x), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss < 0.45
+
+
+def test_one_pixel_left_is_said_in_one_sentence():
+    net = UNet(3, 4)
+    with pytest.raises(UserError, match="8x8 px.*BatchNorm"): net.train()(images(8, 8))
+    assert net.train()(images(8, 8, n=2)).shape == (2, 3, 8, 8)
+    assert net.eval()(images(8, 8)).shape == (1, 3, 8, 8)
+
+
+def test_budgets_are_similar():
+    unet, deeplab = count_parameters(UNet(5, 12)), count_parameters(DeepLabV3(5, 12))
+    assert 0.5 < unet / deeplab < 2 and unet == 271_961
+
+
+# encoders of timm and segmentation-models-pytorch
+@pytest.mark.parametrize("model, encoder", [("unet", e) for e in TINY] + [("deeplabv3", "resnet18"), ("deeplabv3plus", "mobilenetv3_small_050"), ("deeplabv3", "convnext_atto")])
+def test_encoders_share_the_interface(model, encoder):
+    net, x = build_model(model, 3, encoder=encoder).eval(), images(40, 56)
+    with torch.no_grad():
+        features = net.encode(x)
+        assert torch.equal(net.decode(features, (40, 56)), net(x)) and net(x).shape == (1, 3, 40, 56)
+    assert all(f.shape[1] > 0 for f in features)
+    net.train()(images(64, 64)).square().mean().backward()  # batch 1: image pooling has no BatchNorm
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("encoder", ["resnet50", "resnet101", "convnext_base", "poolformer_m36"])
+def test_large_encoders_are_built(encoder):
+    with torch.device("meta"): net = build_model("unet", 4, encoder=encoder)
+    assert isinstance(net, EncoderNet) and count_parameters(net) > 2e7
+    assert net.eval()(torch.empty(1, 3, 50, 64, device="meta")).shape == (1, 4, 50, 64)
+
+
+def test_padding_of_the_frame_is_cut_off_again():
+    net = build_model("unet", 3, encoder="resnet18", mean=(0.5,) * 3).eval()
+    x = images(48, 64)
+    whole = F.pad(x, (0, 0, 0, 16), value=0.5)  # the mean colour, by hand
+    with torch.no_grad(): torch.testing.assert_close(net(x), net(whole)[..., :48, :])
+
+
+def test_names_are_found_and_close_ones_proposed():
+    assert encoder_name("resnet50") == "resnet50" and encoder_name("convnext_base") == "tu-convnext_base"
+    assert encoder_name("tu-poolformer_m36") == "tu-poolformer_m36"
+    for kind, match in [(dict(model="unett"), "unett.*did you mean 'unet'"), (dict(encoder="resnet5o"), "resnet5o.*did you mean.*resnet50"),
+                        (dict(model="deeplabv3plus"), "needs an encoder"), (dict(pretrained=True), "needs an encoder"),
+                        (dict(model="deeplabv3", encoder="poolformer_m36"), "does not go with"), (dict(encoder="vit_tiny_patch16_224"), "does not go with")]:
+        with pytest.raises(UserError, match=match): build_model(n_classes=3, **kind)
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "convnext_atto"])
+def test_pretrained_without_a_network_ends_quickly_in_one_sentence(encoder, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+    def refuse(*args, **kwargs): raise OSError("no network")
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):  # nothing from an earlier download either
+        if hasattr(constants, name): monkeypatch.setattr(constants, name, str(tmp_path))
+    before, start = constants.HF_HUB_OFFLINE, time.perf_counter()
+    with pytest.raises(UserError, match=f"pretrained weights of encoder '{encoder}'.*weights=<local"):
+        build_model("unet", 3, encoder=encoder, pretrained=True)
+    assert time.perf_counter() - start < 10 and constants.HF_HUB_OFFLINE == before
+
+
+# weights from files
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_own_weights_go_through_a_file(kind, tmp_path):
+    path, net = tmp_path / f"net.{kind}", build_model("deeplabv3", 4, width=4, mean=(0.1, 0.2, 0.3))
+    save_file(net.state_dict(), path) if kind == "safetensors" else torch.save(net.state_dict(), path)
+    again = build_model("deeplabv3", 4, width=4, weights=path)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize("encoder", TINY)
+def test_a_local_file_of_a_classifier_fills_the_encoder(encoder, tmp_path):
+    import timm
+    classifier, path = timm.create_model(encoder, pretrained=False), tmp_path / "classifier.safetensors"
+    save_file(classifier.state_dict(), path)
+    net = build_model("unet", 3, encoder=encoder, weights=path, mean=(0.1, 0.1, 0.1))
+    plain = {k.replace(".", "_"): v for k, v in classifier.state_dict().items()}
+    for name, value in net.net.encoder.state_dict().items():
+        assert torch.equal(value, plain[name.removeprefix("model.").replace(".", "_")]), name
+    assert net.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406]), "what the encoder was trained with"
+
+
+def test_whole_networks_with_an_encoder_go_through_a_file(tmp_path):
+    path, net = tmp_path / "net.pth", build_model("unet", 3, encoder="mobilenetv3_small_050")
+    torch.save({"state_dict": net.state_dict()}, path)
+    again = build_model("unet", 3, encoder="mobilenetv3_small_050", weights=path)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_file_that_does_not_fit_is_named_with_its_keys(tmp_path):
+    path = tmp_path / "narrow.pth"
+    torch.save(UNet(5, 4).state_dict(), path)
+    with pytest.raises(UserError, match=r"narrow.pth.*does not fit.*first down\.0\.0\.0\.weight"): build_model("unet", 5, width=8, weights=path)
+    with pytest.raises(UserError, match="narrow.pth.*does not fit"): build_model("unet", 5, encoder="resnet18", weights=path)
+    net = UNet(5, 8)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(UserError): load_weights(net, path)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), "a refused file changes nothing"
+
+
+@pytest.mark.parametrize("name", ["absent.pth", "text.pth", "text.safetensors", "cut.pth", "object.pth", "list.pth"])
+def test_files_that_are_not_weights_are_refused(name, tmp_path):
+    path = tmp_path / name
+    if name.startswith("text"): path.write_text("no weights")
+    if name == "cut.pth":
+        torch.save(UNet(5, 4).state_dict(), path)
+        path.write_bytes(path.read_bytes()[:2000])
+    if name == "object.pth": torch.save(UNet(5, 4), path)  # a pickled module could run code
+    if name == "list.pth": torch.save([torch.ones(1)], path)
+    with pytest.raises(UserError, match=name) as e: read_weights(path)
+    assert e.value.__cause__ is None and "Traceback" not in str(e.value)

@@ -1,0 +1,90 @@
+"Pictures: colours as given, 255 grey, every function draws without a screen, errors in one sentence"
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from semiseg_nb.core import UserError
+from semiseg_nb.viz import (GREY, curves, image_to_rgb, mask_to_rgb, overlay, reliability, save_figure, show_grid,
+                            show_predictions)
+
+PALETTE = [(0, 0, 0), (255, 0, 0), (0, 0, 255)]
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def pictures(n=2, size=(12, 16)):
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(n, 3, *size, generator=g), torch.randint(0, 3, (n, *size), generator=g)
+
+
+def test_masks_take_the_palette_and_255_is_grey():
+    rgb = mask_to_rgb(torch.tensor([[0, 1], [2, 255]]), PALETTE)
+    assert rgb.dtype == np.uint8 and rgb.tolist() == [[[0, 0, 0], [255, 0, 0]], [[0, 0, 255], list(GREY)]]
+    assert mask_to_rgb(np.full((2, 3, 4), 255, np.uint8)).shape == (2, 3, 4, 3)
+
+
+@pytest.mark.parametrize("value", [3, 254, -1])
+def test_a_class_without_a_colour_is_named(value):
+    with pytest.raises(UserError, match=f"class {value}, .*colours for 0 to 2"): mask_to_rgb(torch.tensor([[0, value]]), PALETTE)
+
+
+def test_images_of_either_type_become_the_same_picture():
+    x = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
+    assert np.array_equal(image_to_rgb(x), image_to_rgb(x.float() / 255)) and image_to_rgb(x).shape == (5, 7, 3)
+    assert image_to_rgb(torch.tensor([[[-1.0, 2.0, float("nan")]]]))[0, :, 0].tolist() == [0, 255, 0]
+    with pytest.raises(UserError, match=r"\(5, 4, 4\)"): image_to_rgb(torch.zeros(5, 4, 4))
+
+
+def test_overlay_mixes_and_leaves_unknown_pixels_alone():
+    image = torch.full((3, 1, 2), 100, dtype=torch.uint8)
+    assert overlay(image, torch.tensor([[1, 255]]), PALETTE, alpha=0.4).tolist() == [[[162, 60, 60], [100, 100, 100]]]
+
+
+def test_grid_takes_images_masks_and_maps_mixed():
+    x, y = pictures()
+    fig = show_grid([x[0], (x[0] * 255).byte(), y[0], y[0] > 1, x[0, 0], overlay(x[0], y[0])], list("abcdef"), columns=4, palette=PALETTE, title="see")
+    shown = [ax for ax in fig.axes if ax.images]
+    assert [ax.get_title() for ax in shown] == list("abcdef") and fig.get_suptitle() == "see"
+    assert np.array_equal(shown[2].images[0].get_array(), mask_to_rgb(y[0], PALETTE))
+    with pytest.raises(UserError, match="no picture"): show_grid([])
+
+
+def test_predictions_stand_side_by_side_with_a_legend():
+    x, y = pictures()
+    y[0, 0, 0] = 255
+    fig = show_predictions(x, y, {"baseline": y, "method": (y + 1) % 3 * (y < 3)}, PALETTE, ["a", "b", "c"], errors=True)
+    assert [ax.get_title() for ax in fig.axes[:4]] == ["image", "truth", "baseline", "method"]
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["a", "b", "c", "unknown (255)"]
+    assert not fig.axes[2].collections, "no outline where nothing is wrong"
+    assert fig.axes[3].collections, "an outline where something is wrong"
+    assert len(show_predictions(x, None, {"method": y}, PALETTE).axes) == 4
+
+
+def test_curves_leave_out_rows_without_the_key():
+    fig = curves({"a": [{"step": 0, "loss": 1.0}, {"step": 1, "miou": 0.5}, {"step": 2, "miou": 0.6}], "b": [{"step": 1, "miou": None}, {"step": 2, "miou": 0.7}]})
+    assert [line.get_xydata().tolist() for line in fig.axes[0].lines] == [[[1, 0.5], [2, 0.6]], [[2, 0.7]]]
+    with pytest.raises(UserError, match="'mioo' over 'step'.*loss, miou, step"): curves({"a": [{"step": 0, "loss": 1.0, "miou": 1}]}, "mioo")
+
+
+def test_reliability_counts_the_calibration_error_by_hand():
+    fig = reliability(torch.tensor([0.95, 0.95, 0.55, 0.55]), torch.tensor([True, False, True, False]), bins=10)
+    assert fig.axes[0].get_title() == "calibration error 0.250"  # half of |0.95 - 0.5| plus half of |0.55 - 0.5|
+    assert reliability(torch.ones(3), torch.ones(3).bool()).axes[0].get_title() == "calibration error 0.000"
+    with pytest.raises(UserError, match="3 confidences and 2"): reliability(torch.ones(3), torch.ones(2).bool())
+
+
+def test_figures_are_written_whole_and_of_modest_size(tmp_path):
+    x, y = pictures(4, (64, 64))
+    path = save_figure(show_predictions(x, y, {"method": y}, PALETTE, ["a", "b", "c"]), tmp_path / "new" / "grid.png")
+    assert path.read_bytes()[:4] == b"\x89PNG" and 5_000 < path.stat().st_size < 200_000
+    assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
+    with pytest.raises(UserError, match="grid.bmp"): save_figure(plt.figure(), tmp_path / "grid.bmp")
