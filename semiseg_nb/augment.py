@@ -364,7 +364,7 @@ class Policy:
         if moved.any():
             rows, warp = _rows(moved, x.device), P.warp.to(x, non_blocking=True)
             part, warp = (out, warp) if rows is None else (out.index_select(0, rows), warp.index_select(0, rows))
-            part = _bilinear(part - fill, _grid(warp, size)).add_(fill)
+            part = _bilinear(part - fill, _grid(warp, size)).add_(fill).clamp_(0, 1)   # rounding may leave [0,1]
             out = part if rows is None else out.index_copy(0, rows, part)
         return torch.where(_holes(P, size, x.device)[:, None], fill, out) if erased.any() else out
 
