@@ -9,7 +9,7 @@ from semiseg_nb.core import UserError, seed_everything
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import evaluate, fit, save_weights
 from semiseg_nb.models import build_model
-from semiseg_nb.records import make_record, write_record
+from semiseg_nb.records import make_record, settings_of, write_record
 from semiseg_nb.supervised import Supervised
 from semiseg_nb.uda import UDA
 
@@ -27,7 +27,7 @@ def arguments():
     p.add_argument("--model", default="unet")
     p.add_argument("--encoder")
     p.add_argument("--weights", help="local file with encoder weights")
-    p.add_argument("--width", type=int, default=12)
+    p.add_argument("--width", type=int, default=8)
     p.add_argument("--steps", type=int, default=1500)
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--unlabelled-batch", type=int)
@@ -57,12 +57,13 @@ def main(a):
     task = load_task(a.dataset, a.data_root, n_labelled=a.n_labelled, split_seed=a.split_seed, size=a.size, **data)
     seed_everything(a.seed)
     net = build_model(a.model, task.n_classes, encoder=a.encoder, width=a.width, weights=a.weights, mean=task.mean)
-    try: method = METHODS[a.method](net, task, **chosen)
-    except TypeError as e: raise UserError(f"{a.method} cannot be made with {chosen}: {e}.") from None
+    settings_of(METHODS[a.method], **chosen)
+    method = METHODS[a.method](net, task, **chosen)
     on = getattr(task, a.score_on)
     run = fit(method, task, a.steps, a.batch_size, a.unlabelled_batch, seed=a.seed, eval_every=a.eval_every, eval_on=on,
               out_dir=a.work, checkpoint_every=a.eval_every)
-    params = {"width": a.width, "unlabelled_batch": a.unlabelled_batch or a.batch_size, "split_seed": a.split_seed, "scored_on": a.score_on, **data, **chosen}
+    params = {"width": a.width, "unlabelled_batch": a.unlabelled_batch or a.batch_size, "split_seed": a.split_seed, "scored_on": a.score_on,
+              **data, **settings_of(METHODS[a.method], **chosen)}
     rows = {a.method: run.result}
     if a.method == "supervised":
         name = "supervised_strong" if chosen.get("views") == "strong" else "supervised"

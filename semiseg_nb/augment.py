@@ -87,6 +87,7 @@ class Params:
     unwarp: Tensor  # (n,2,3) float32: the inverse of `warp`
     box: Tensor  # (n,k,4) float32: x0, y0, x1, y1 of erased boxes, as parts of width and height
     size: tuple  # (H,W) that the draw was made for
+    grids: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # warps at pixel level, kept for the next tensor
 
     def __len__(self): return len(self.op)
 
@@ -183,15 +184,16 @@ def _color(x, v):
 
 
 def _autocontrast(x, v):
-    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    flat = low == high
-    x.sub_(low.masked_fill(flat, 0)).div_((high - low).masked_fill(flat, 1)).clamp_(0, 1)
+    low = x.amin((2, 3), keepdim=True)
+    span = x.amax((2, 3), keepdim=True).sub_(low)
+    flat = span == 0                                                    # one value only: left as it is
+    x.sub_(low.masked_fill_(flat, 0)).div_(span.masked_fill_(flat, 1)).clamp_(0, 1)
 
 
 def _invert(x, v): x.neg_().add_(1)
 
 
-def _solarize(x, v): x.sub_(x.ge(v).to(x)).abs_()                       # x below the threshold, |x - 1| above
+def _solarize(x, v): x.sub_(x.clone().ge_(v)).abs_()                    # x below the threshold, |x - 1| above
 
 
 def _solarize_add(x, v): x.add_(x.lt(0.5) * v).clamp_(0, 1)
@@ -204,10 +206,10 @@ def _posterize(x, v):
 
 def _sharpness(x, v):
     if min(x.shape[-2:]) < 3: return
-    rows = (x[..., :-2, :] + x[..., 1:-1, :]).add_(x[..., 2:, :])
-    blur = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])       # sums of 3x3 pixels
-    inner = x[..., 1:-1, 1:-1]
-    inner.mul_(v + (1 - v) * (4 / 13)).add_(blur.mul_((1 - v) / 13))
+    H, W = x.shape[-2:]
+    rows = (x.narrow(2, 0, H - 2) + x.narrow(2, 1, H - 2)).add_(x.narrow(2, 2, H - 2))
+    blur = (rows.narrow(3, 0, W - 2) + rows.narrow(3, 1, W - 2)).add_(rows.narrow(3, 2, W - 2))     # sums of 3x3 pixels
+    x.narrow(2, 1, H - 2).narrow(3, 1, W - 2).mul_(v + (1 - v) * (4 / 13)).add_(blur.mul_((1 - v) / 13))
     x.clamp_(0, 1)
 
 
@@ -226,51 +228,57 @@ _PHOTO_OP = {"brightness": _brightness, "contrast": _contrast, "color": _color, 
              "solarize": _solarize, "solarize_add": _solarize_add, "posterize": _posterize, "sharpness": _sharpness, "equalize": _equalize}
 
 # %% ../nbs/03_augment.ipynb #grouping
+def _index(rows, like): return torch.from_numpy(rows).to(like.device, non_blocking=True)
+
+
 def _photo(x, P):
     "The photometric ops of every row in drawn order; rows are sorted by op, so that each op runs once per slot on a slice"
     op = P.op.numpy()
-    order = np.arange(len(op))
+    start = order = np.arange(len(op))
     for j in range(op.shape[1]):
         key = np.where(_IS_PHOTO[op[order, j]], op[order, j], 0)
         if not key.any(): continue
         perm = key.argsort(kind="stable")
         order, key = order[perm], key[perm]
-        x = x.index_select(0, torch.from_numpy(perm).to(x.device, non_blocking=True))
-        rows = torch.from_numpy(order).to(P.value.device, non_blocking=True)
-        value = P.value[:, j].index_select(0, rows).to(x, non_blocking=True).view(-1, 1, 1, 1)
-        edges = [0, *(np.flatnonzero(np.diff(key)) + 1), len(key)]
-        for a, b in zip(edges, edges[1:]):
-            if key[a]: _PHOTO_OP[_NAMES[key[a]]](x[a:b], value[a:b])
-    if (order != np.arange(len(op))).any():
-        x = x.index_select(0, torch.from_numpy(order.argsort()).to(x.device, non_blocking=True))
-    return x
+        value = P.value.select(1, j).index_select(0, _index(order, P.value)).to(x, non_blocking=True).view(-1, 1, 1, 1)
+        x = x.index_select(0, _index(perm, x))                          # a fresh tensor: the ops below work in place
+        codes, counts = np.unique(key, return_counts=True)
+        counts = counts.tolist()
+        for code, part, v in zip(codes.tolist(), x.split(counts), value.split(counts)):
+            if code: _PHOTO_OP[_NAMES[code]](part, v)
+    return x if (order == start).all() else x.index_select(0, _index(order.argsort(), x))
 
 # %% ../nbs/03_augment.ipynb #warp
-def _grid(theta, size):
-    "Where every output pixel comes from, in [-1,1]: (n,2,3) -> (n,H,W,2)"
-    H, W = size
-    u = (torch.arange(W, device=theta.device, dtype=theta.dtype) * 2 + 1 - W) / W
-    v = (torch.arange(H, device=theta.device, dtype=theta.dtype) * 2 + 1 - H) / H
-    across = theta[:, :, 0, None] * u + theta[:, :, 2, None]            # (n,2,W)
-    down = theta[:, :, 1, None] * v                                     # (n,2,H)
-    return across.transpose(1, 2)[:, None] + down.transpose(1, 2)[:, :, None]
+def _grid(P, size, device, inverse=False):
+    "Where every output pixel comes from, in [-1,1], as grid_sample wants it (n,H,W,2); image, label and prediction share it"
+    key = (*size, device, inverse)
+    if key not in P.grids:
+        H, W = size
+        theta = (P.unwarp if inverse else P.warp).to(device, non_blocking=True)
+        u = (torch.arange(W, device=device, dtype=theta.dtype) * 2 + 1 - W) / W
+        v = (torch.arange(H, device=device, dtype=theta.dtype) * 2 + 1 - H) / H
+        a, b, c = torch.complex(theta[:, 0], theta[:, 1])[..., None].unbind(1)  # x and y as one number: one broadcast sum for both
+        P.grids[key] = torch.view_as_real((a * u + c)[:, None] + (b * v)[:, :, None])
+    return P.grids[key]
 
 
-def _bilinear(x, grid): return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+def _sample(x, grid, mode):
+    "grid_sample in the precision of the grid, or better: half precision cannot name a pixel of a large image"
+    kind = torch.promote_types(x.dtype, grid.dtype)
+    out = F.grid_sample(x.to(kind), grid.to(kind), mode=mode, padding_mode="zeros", align_corners=False)
+    return out if kind == x.dtype else out.to(x.dtype)
 
 
 def _inside(grid):
     "Which part of each pixel stems from inside: (n,H,W) in [0,1]"
-    H, W = grid.shape[1:3]
-    part = grid.abs().neg_().add_(1).mul_(grid.new_tensor([W / 2, H / 2])).add_(0.5).clamp_(0, 1)
-    return part[..., 0] * part[..., 1]
+    along = [(1 - grid[..., i].abs()).mul_(grid.shape[2 - i] / 2).add_(0.5).clamp_(0, 1) for i in (0, 1)]
+    return along[0] * along[1]
 
 
-def _nearest(y, theta, fill):
-    "Warp rows of an integer map (m,H,W): the nearest source pixel, `fill` where that lies outside"
-    shifted = y[:, None].to(theta).sub_(fill)                             # outside is 0, so `fill` has to be 0 as well
-    out = F.grid_sample(shifted, _grid(theta, y.shape[-2:]), mode="nearest", padding_mode="zeros", align_corners=False)
-    return (out[:, 0] + fill).to(y.dtype)
+def _nearest(y, grid):
+    "Warp rows of a label (m,H,W): the nearest source pixel, 255 where that lies outside"
+    shifted = y[:, None].to(grid.dtype).sub_(IGNORE)                    # grid_sample pads with 0, so 255 has to be 0
+    return _sample(shifted, grid, "nearest").add_(IGNORE)[:, 0].to(y.dtype)
 
 
 def _holes(P, size, device):
@@ -285,8 +293,13 @@ def _holes(P, size, device):
 
 def _rows(chosen, device):
     "The index of the chosen rows on the device; None when all are chosen"
-    if chosen.all(): return None
-    return torch.from_numpy(np.flatnonzero(chosen)).to(device, non_blocking=True)
+    return None if chosen.all() else torch.from_numpy(np.flatnonzero(chosen)).to(device, non_blocking=True)
+
+
+def _pick(x, rows): return x if rows is None else x.index_select(0, rows)
+
+
+def _put(x, rows, part): return part if rows is None else x.index_copy(0, rows, part)
 
 # %% ../nbs/03_augment.ipynb #slot
 class Slot(NamedTuple):
@@ -362,10 +375,9 @@ class Policy:
         fill = torch.tensor(self.fill, dtype=x.dtype).to(x.device, non_blocking=True).view(3, 1, 1)
         moved, erased = _IS_GEO[op].any(1), _IS_ERASE[op].any(1)
         if moved.any():
-            rows, warp = _rows(moved, x.device), P.warp.to(x, non_blocking=True)
-            part, warp = (out, warp) if rows is None else (out.index_select(0, rows), warp.index_select(0, rows))
-            part = _bilinear(part - fill, _grid(warp, size)).add_(fill).clamp_(0, 1)   # rounding may leave [0,1]
-            out = part if rows is None else out.index_copy(0, rows, part)
+            rows = _rows(moved, x.device)
+            part = _sample(_pick(out, rows) - fill, _pick(_grid(P, size, x.device), rows), "bilinear").add_(fill).clamp_(0, 1)  # rounding may leave [0,1]
+            out = _put(out, rows, part)
         return torch.where(_holes(P, size, x.device)[:, None], fill, out) if erased.any() else out
 
     def apply_label(
@@ -380,9 +392,8 @@ class Policy:
         op = P.op.numpy()
         moved, erased = _IS_GEO[op].any(1), _IS_ERASE[op].any(1)
         if moved.any():
-            rows, warp = _rows(moved, y.device), P.warp.to(y.device, non_blocking=True)
-            if rows is None: y = _nearest(y, warp, IGNORE)
-            else: y = y.index_copy(0, rows, _nearest(y.index_select(0, rows), warp.index_select(0, rows), IGNORE))
+            rows = _rows(moved, y.device)
+            y = _put(y, rows, _nearest(_pick(y, rows), _pick(_grid(P, y.shape[-2:], y.device), rows)))
         if self.erased_label == "ignore" and erased.any(): y = y.masked_fill(_holes(P, y.shape[-2:], y.device), IGNORE)
         return y
 
@@ -392,7 +403,7 @@ class Policy:
         P: Params,
     ) -> tuple:  # the map in the view's frame, and valid (B,H,W) bool: False in padding and erased boxes
         "The same warp for predictions, differentiable in `p`"
-        return _soft(p, P, P.warp, _hole_weight(P, p))
+        return _soft(p, P, inverse=False)
 
     def invert_pred(
         self,
@@ -400,7 +411,7 @@ class Policy:
         P: Params,
     ) -> tuple:  # the map in the original frame, and valid (B,H,W) bool: False where the view did not show the pixel
         "Undo the warp; differentiable in `p`"
-        return _soft(p, P, P.unwarp, _hole_weight(P, p), inverse=True)
+        return _soft(p, P, inverse=True)
 
     def valid(
         self,
@@ -409,10 +420,8 @@ class Policy:
     ) -> Tensor:  # (B,H,W) bool on the device of P
         "Which pixels of the view stem from inside the image and were not erased"
         size = tuple(size or P.size)
-        p = torch.empty(len(P), 0, *size, device=P.warp.device)
-        valid = _inside(_grid(P.warp, size)) > 0.999
-        holes = _hole_weight(P, p)
-        return valid if holes is None else valid & ~holes
+        valid = _inside(_grid(P, size, P.warp.device)) > 0.999
+        return valid & ~_holes(P, size, P.warp.device) if _IS_ERASE[P.op.numpy()].any() else valid
 
 # %% ../nbs/03_augment.ipynb #soft
 def _check(P, x, dims, what):
@@ -426,28 +435,23 @@ def _check(P, x, dims, what):
     if abs(h * W - w * H) > 0.05 * h * W: raise UserError(f"The draw was made for {H}x{W}, but the {what} is {h}x{w}: give the same proportions.")
 
 
-def _hole_weight(P, p):
-    return _holes(P, p.shape[-2:], p.device) if _IS_ERASE[P.op.numpy()].any() else None
-
-
-def _soft(p, P, theta, holes, inverse=False):
+def _soft(p, P, inverse):
     "Warp a float map and divide by the part of each pixel that is inside; valid where nearly all of it is"
     _check(P, p, 4, "prediction")
     if not p.is_floating_point(): raise UserError(f"The prediction is {p.dtype}: give float maps; classes go through apply_label.")
-    moved = _IS_GEO[P.op.numpy()].any(1)
-    valid = torch.ones(len(p), *p.shape[-2:], dtype=torch.bool, device=p.device)
-    if inverse and holes is not None: valid = ~holes
+    op, size = P.op.numpy(), p.shape[-2:]
+    moved, erased = _IS_GEO[op].any(1), _IS_ERASE[op].any()
+    valid = torch.ones(len(p), *size, dtype=torch.bool, device=p.device)
+    shown = ~_holes(P, size, p.device) if erased else valid             # what the view shows
     if moved.any():
-        rows, theta = _rows(moved, p.device), theta.to(p, non_blocking=True)
-        pick = lambda t: t if rows is None else t.index_select(0, rows)
-        grid = _grid(pick(theta), p.shape[-2:])
-        out, part = _bilinear(pick(p), grid), _inside(grid)
-        if inverse and holes is not None: part = _bilinear(pick(valid)[:, None].to(p), grid)[:, 0]
-        good = part > 0.999
-        out = out / torch.where(good, part, 1)[:, None]
-        p, valid = (out, good) if rows is None else (p.index_copy(0, rows, out), valid.index_copy(0, rows, good))
-    if not inverse and holes is not None: valid = valid & ~holes
-    return p, valid
+        rows = _rows(moved, p.device)
+        grid = _pick(_grid(P, size, p.device, inverse), rows)
+        part = _inside(grid)
+        out = _sample(_pick(p, rows), grid, "bilinear") / torch.where(part > 0.999, part, 1)[:, None].to(p.dtype)
+        if inverse and erased: part = _sample(_pick(shown, rows)[:, None].to(grid.dtype), grid, "bilinear")[:, 0]
+        p, valid = _put(p, rows, out), _put(shown if inverse else valid, rows, part > 0.999)
+    elif inverse: valid = shown
+    return p, valid if inverse else valid & shown
 
 # %% ../nbs/03_augment.ipynb #policies
 def _strength(s):

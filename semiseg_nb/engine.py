@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import UserError, atomic_write, generator, poly, seed_everything
+from .core import UserError, atomic_write, generator, one_of, poly, seed_everything
 from .data import loader, one_pass
 from .metrics import SegmentationMetrics
 
@@ -131,9 +131,13 @@ def evaluate(
     return metrics.compute()
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(
+    device: str | None = None,  # "cpu" | "cuda"; None: a GPU where there is one
+) -> Accelerator:
     "CPU in float32, one GPU or many in bfloat16; under torchrun without a GPU the processes talk through gloo"
-    gpu = torch.cuda.is_available()
+    if device is not None: one_of(device, ("cpu", "cuda"), "device")
+    gpu = torch.cuda.is_available() and device != "cpu"
+    if device == "cuda" and not gpu: raise UserError("device is 'cuda', but PyTorch sees no GPU here: use device='cpu' or None.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")

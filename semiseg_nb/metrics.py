@@ -25,8 +25,9 @@ class SegmentationMetrics:
         pixels: int = 4096,  # per image at most, for the calibration error only
     ):
         self.n_classes, self.pixels = n_classes, pixels
-        self.matrix = MulticlassConfusionMatrix(n_classes, ignore_index=IGNORE, validate_args=False).to(device)
-        self.calibration = MulticlassCalibrationError(n_classes, n_bins=15, ignore_index=IGNORE, validate_args=False).to(device)
+        options = dict(ignore_index=IGNORE, validate_args=False)  # our own checks are in `update`
+        self.matrix = MulticlassConfusionMatrix(n_classes, **options).to(device)
+        self.calibration = MulticlassCalibrationError(n_classes, n_bins=15, **options).to(device)
 
     @torch.no_grad()
     def update(
@@ -37,18 +38,20 @@ class SegmentationMetrics:
         "Count one batch; raises `UserError` for another size or a label that is not a class"
         c, (h, w) = self.n_classes, labels.shape[-2:]
         if logits.ndim != 4 or labels.ndim != 3 or logits.shape != (len(labels), c, h, w):
-            raise UserError(f"logits of shape {tuple(logits.shape)} do not go with labels of shape {tuple(labels.shape)} and {c} classes: "
-                            f"(B,{c},H,W) and (B,H,W) would be right.")
+            raise UserError(f"logits of shape {tuple(logits.shape)} do not go with labels of shape "
+                            f"{tuple(labels.shape)} and {c} classes: (B,{c},H,W) and (B,H,W) would be right.")
         bad = (labels != IGNORE) & ((labels < 0) | (labels >= c))
         if bad.any():
-            raise UserError(f"a label has the value {int(labels[bad][0])}, but with {c} classes only 0 to {c - 1} and {IGNORE} (unknown) would be right.")
+            raise UserError(f"a label has the value {int(labels[bad][0])}, but with {c} classes only 0 to {c - 1} "
+                            f"and {IGNORE} (unknown) would be right.")
         self.matrix.update(logits.argmax(1), labels)
         s = max(1, math.ceil(math.sqrt(h * w / self.pixels)))
         self.calibration.update(logits[..., s // 2::s, s // 2::s].float().softmax(1), labels[..., s // 2::s, s // 2::s])
 
     def compute(self) -> dict:  # "miou", "iou_per_class", "pixel_accuracy", "ece"
-        "The four numbers as fractions; NaN for a class that is in neither truth nor prediction, and where nothing was counted"
-        if not self.calibration.confidences: return dict(miou=math.nan, iou_per_class=[math.nan] * self.n_classes, pixel_accuracy=math.nan, ece=math.nan)
+        "The four numbers as fractions; NaN for a class in neither truth nor prediction, and where nothing was counted"
+        if not self.calibration.confidences:
+            return dict.fromkeys(("miou", "pixel_accuracy", "ece"), math.nan) | {"iou_per_class": [math.nan] * self.n_classes}
         table = self.matrix.compute().double().cpu()
         hits = table.diagonal()
         iou = hits / (table.sum(0) + table.sum(1) - hits)

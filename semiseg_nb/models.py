@@ -38,8 +38,8 @@ class Segmenter(nn.Module):
         "The first thing inside `encode`: (B,3,H,W) in [0,1] -> zero mean, unit deviation"
         b, _, h, w = x.shape
         if self.training and b * -(-h // self.stride) * -(-w // self.stride) < 2:
-            raise UserError(f"A batch of {b} image of {h}x{w} px leaves one pixel at stride {self.stride}, and BatchNorm "
-                            "cannot train on one value: use larger images or a larger batch.")
+            raise UserError(f"A batch of {b} image of {h}x{w} px leaves one pixel at stride {self.stride}, and "
+                            "BatchNorm cannot train on one value: use larger images or a larger batch.")
         return (x - self.mean) / self.std
 
     def forward(self, x: Tensor) -> Tensor: return self.decode(self.encode(x), x.shape[-2:])
@@ -86,7 +86,9 @@ class UNet(Segmenter):
         for skip, up, merge in zip(skips[::-1], self.up[::-1], self.merge[::-1]):
             x = up(x)[..., :skip.shape[-2], :skip.shape[-1]]  # an odd size was rounded up on the way down
             x = merge(torch.cat([skip, x], 1))
-        return self.head(x)
+        logits = self.head(x)
+        if logits.shape[-2:] == tuple(size): return logits
+        return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)  # another size was asked for
 
 # %% ../nbs/04_models.ipynb #residual
 class Residual(nn.Module):
@@ -112,7 +114,8 @@ class ASPP(nn.Module):
         rates=(1, 2, 4),  # dilations of the 3x3 branches
     ):
         super().__init__()
-        self.branches = nn.ModuleList([conv_bn_relu(c_in, c_out, 1), *(conv_bn_relu(c_in, c_out, 3, 1, r) for r in rates)])
+        dilated = (conv_bn_relu(c_in, c_out, 3, 1, rate) for rate in rates)
+        self.branches = nn.ModuleList([conv_bn_relu(c_in, c_out, 1), *dilated])
         # one value per image and channel: BatchNorm would fail at batch 1 and be noise at batch 8
         self.whole = nn.Sequential(nn.Conv2d(c_in, c_out, 1), nn.ReLU(inplace=True))
         self.project = conv_bn_relu((len(rates) + 2) * c_out, c_out, 1)
@@ -123,7 +126,7 @@ class ASPP(nn.Module):
 
 # %% ../nbs/04_models.ipynb #deeplab
 class DeepLabV3(Segmenter):
-    "A small DeepLabV3 (arXiv 1706.05587): residual encoder with output stride 8 through dilation, ASPP, bilinear upsampling"
+    "A small DeepLabV3 (arXiv 1706.05587): residual encoder of output stride 8, ASPP, bilinear upsampling"
 
     def __init__(
         self,
@@ -138,7 +141,7 @@ class DeepLabV3(Segmenter):
             nn.Sequential(conv_bn_relu(3, w, 3, stride=2), conv_bn_relu(w, 2 * w)),
             nn.Sequential(Residual(2 * w, 4 * w, stride=2), Residual(4 * w, 4 * w)),
             Residual(4 * w, 6 * w, stride=2),
-            Residual(6 * w, 8 * w, dilation=2)])  # would be stride 16: the stride is left out, the kernel spread instead
+            Residual(6 * w, 8 * w, dilation=2)])  # would be stride 16: the kernel is spread instead
         self.aspp = ASPP(8 * w, 2 * w, rates)
         self.head = nn.Conv2d(2 * w, n_classes, 1)
 
@@ -154,7 +157,8 @@ class DeepLabV3(Segmenter):
         return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 # %% ../nbs/04_models.ipynb #encoder-net
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # what nearly all ImageNet encoders were trained with
+# what nearly all ImageNet encoders were trained with
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SMP = {"unet": "Unet", "deeplabv3": "DeepLabV3", "deeplabv3plus": "DeepLabV3Plus"}  # our names -> theirs
 
 
@@ -183,7 +187,8 @@ class EncoderNet(Segmenter):
         x, (h, w) = self.normalise(x), self.padded(x.shape[-2:])
         x = F.pad(x, (0, w - x.shape[-1], 0, h - x.shape[-2]))  # with the mean colour, which is 0 by now
         try: features = self.net.encoder(x)
-        except AssertionError as e: raise UserError(f"This encoder refuses images of {h}x{w} px ({e}): choose another size or encoder.") from None
+        except AssertionError as e:
+            raise UserError(f"This encoder refuses images of {h}x{w} px ({e}): choose another one.") from None
         return [f for f, c in zip(features[1:], self.channels[1:]) if c]
 
     def decode(self, features: list, size) -> Tensor:
@@ -199,20 +204,23 @@ class EncoderNet(Segmenter):
 def read_weights(
     path,  # a .safetensors file, or a .pth/.pt file that holds tensors only
 ) -> dict:  # name -> tensor
-    "Read a file of weights; raises `UserError` that names the file when it is absent, broken or holds anything but tensors"
+    "Read a file of weights; raises `UserError` that names the file when it is absent, broken or holds no tensors"
     path = Path(path)
-    if not path.is_file(): raise UserError(f"weights='{path}' is not a file: give the path of a .safetensors or .pth file.")
-    try: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    if not path.is_file():
+        raise UserError(f"weights='{path}' is not a file: give the path of a .safetensors or .pth file.")
+    try:
+        if path.suffix == ".safetensors": state = load_file(path)
+        else: state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a file of anything else can fail in any way inside the two readers
-        raise UserError(f"weights='{path}' cannot be read as weights ({type(e).__name__}): a .safetensors file, or a .pth file "
-                        "that holds a dict of tensors and nothing else, would be right.") from None
+        raise UserError(f"weights='{path}' cannot be read as weights ({type(e).__name__}): a .safetensors file, "
+                        "or a .pth file that holds a dict of tensors and nothing else, would be right.") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
     if not (isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values())):
         raise UserError(f"weights='{path}' holds no dict of tensors: save one with torch.save(net.state_dict(), path).")
     return state
 
-
+# %% ../nbs/04_models.ipynb #load-weights
 def load_weights(
     net: nn.Module,  # changed in place
     path,  # see `read_weights`
@@ -222,19 +230,19 @@ def load_weights(
     # timm renames 'stages.0' to 'stages_0' and smp puts 'model.' before it: compare names without their punctuation
     def plain(key): return key.removeprefix("module.").removeprefix("model.").replace(".", "_")
     state, target = {plain(k): v for k, v in read_weights(path).items()}, net.state_dict()
-    optional = "num_batches_tracked"  # absent in files of old versions of torch
-    wrong = [k for k, v in target.items() if not k.endswith(optional) and getattr(state.get(plain(k)), "shape", None) != v.shape]
+    needed = {k: v for k, v in target.items() if not k.endswith("num_batches_tracked")}  # old files do not have that
+    wrong = [k for k, v in needed.items() if plain(k) not in state or state[plain(k)].shape != v.shape]
     names = {plain(k) for k in target}
     if not surplus: wrong += [k for k in state if k not in names]
     if wrong:
-        raise UserError(f"weights='{path}' does not fit this network: {len(wrong)} of its names or shapes differ, first "
+        raise UserError(f"weights='{path}' does not fit this network: {len(wrong)} names or shapes differ, first "
                         f"{', '.join(wrong[:3])}; use the file of the same model, encoder, width and n_classes.")
     net.load_state_dict({k: state.get(plain(k), v) for k, v in target.items()})
 
 # %% ../nbs/04_models.ipynb #hub
 @contextmanager
 def _hub(timeout: float = 4.0):
-    "Ask the hub's door once: where it does not answer, use its local cache and fail at once instead of retrying for a minute"
+    "Knock at the hub once: where nobody answers, its local cache is used, without a minute of retries"
     from huggingface_hub import constants
     before = constants.HF_HUB_OFFLINE
     if not before:
@@ -256,7 +264,8 @@ def encoder_name(
     if timm.is_model(bare.split(".")[0]): return f"tu-{bare}"
     near = difflib.get_close_matches(bare, {*smp.encoders.get_encoder_names(), *timm.list_models()}, n=3, cutoff=0.5)
     guess = f" (did you mean {', '.join(near)}?)" if near else ""
-    raise UserError(f"encoder '{name}' is not known{guess}: any encoder of segmentation-models-pytorch or model of timm will do, e.g. resnet50 or convnext_base.")
+    raise UserError(f"encoder '{name}' is not known{guess}: any encoder of segmentation-models-pytorch or model of "
+                    "timm will do, e.g. resnet50 or convnext_base.")
 
 # %% ../nbs/04_models.ipynb #build
 def build_encoder_net(
@@ -275,13 +284,16 @@ def build_encoder_net(
     def make(w): return getattr(smp, SMP[model])(name, encoder_weights=w, classes=n_classes, **options)
     try: net = make(None)
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"encoder '{encoder}' does not go with model '{model}' ({e}): choose another of the two.") from None
+        raise UserError(f"encoder '{encoder}' does not go with model '{model}' ({e}): choose another one.") from None
     if pretrained and not weights:
         try:
-            with _hub(): net, expected = make(True if name.startswith("tu-") else "imagenet"), smp.encoders.get_preprocessing_params(name)
-        except Exception as e:  # hub, url and proxy routes each have exceptions of their own; all mean the same to the user
-            raise UserError(f"The pretrained weights of encoder '{encoder}' could not be reached ({type(e).__name__}): download them "
-                            "on a machine with a network and pass weights=<local .safetensors or .pth file>, or use pretrained=False.") from None
+            with _hub():
+                net = make(True if name.startswith("tu-") else "imagenet")
+                expected = smp.encoders.get_preprocessing_params(name)
+        except Exception as e:  # hub, url and proxy routes have exceptions of their own; all mean the same to the user
+            raise UserError(f"The pretrained weights of encoder '{encoder}' could not be reached ({type(e).__name__}): "
+                            "download them on a machine with a network and pass weights=<local .safetensors or .pth "
+                            "file>, or use pretrained=False.") from None
     elif weights and name.startswith("tu-"):
         import timm
         cfg = timm.get_pretrained_cfg(name.removeprefix("tu-"))
@@ -293,7 +305,7 @@ def build_encoder_net(
         load_weights(net if whole else net.net.encoder, weights, surplus=not whole)
     return net
 
-
+# %% ../nbs/04_models.ipynb #build-model
 def build_model(
     model: str = "unet",  # "unet" or "deeplabv3"; with an encoder also "deeplabv3plus"
     n_classes: int = 5,  # channels of the logits
@@ -310,8 +322,10 @@ def build_model(
         return build_encoder_net(model, n_classes, encoder, pretrained, weights, mean, std, rates)
     if model == "deeplabv3plus": raise UserError("model 'deeplabv3plus' needs an encoder: add e.g. encoder='resnet50'.")
     one_of(model, ("unet", "deeplabv3"), "model")
-    if pretrained: raise UserError("pretrained=True needs an encoder: add e.g. encoder='resnet50', or use pretrained=False.")
-    net = UNet(n_classes, width, mean, std) if model == "unet" else DeepLabV3(n_classes, width, mean, std, rates or (1, 2, 4))
+    if pretrained:
+        raise UserError("pretrained=True needs an encoder: add e.g. encoder='resnet50', or use pretrained=False.")
+    if model == "unet": net = UNet(n_classes, width, mean, std)
+    else: net = DeepLabV3(n_classes, width, mean, std, rates or (1, 2, 4))
     if weights: load_weights(net, weights)
     return net
 

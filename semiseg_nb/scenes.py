@@ -280,23 +280,21 @@ def _render(
     size: int,
     style: str,
     s: float,  # strength in [0,1]
-    light: bool = True,  # False leaves out light and grain, for the picture that builds a scene up
-):  # images (N,3,S,S) float32 around [0,1], masks (N,S,S) uint8, owners (N,S,S) uint8
+):  # images (N,3,S,S) float32 around [0,1], masks (N,S,S) uint8
     "One chunk of scenes: place, texture, colour, light, grain, style"
     grid, layout, s = _grid(size), _layout(index), np.float32(s)
-    owner = _place(layout, grid)
-    slot = np.arange(len(index))[:, None, None] * (SLOTS + 1) + owner
+    slot = np.arange(len(index))[:, None, None] * (SLOTS + 1) + _place(layout, grid)
     mask = _with_ground(layout["cls"]).take(slot)
     u, v = _uniform(index, LIGHT, 8), _uniform(index, STYLE, 8)
     look = _look(index, layout, (s if style == "palette" else np.float32(0)) * _between(v[:, 0], 0.3, 0.7))
     ink = _ink(index, slot, mask, look, grid, s if style == "textures" else np.float32(0))
-    shade = _shade(u, grid) if light else np.float32(1)
+    shade = _shade(u, grid)
     image = np.empty((len(index), 3, size, size), np.float32)
     for c in range(3):
         image[:, c] = (look["ink"][..., c].take(slot) * ink + look["base"][..., c].take(slot)) * shade
-    if light: image += _grain(u[:, 3], size) * _between(u[:, 4], 0.01, 0.035)[:, None, None, None]
+    image += _grain(u[:, 3], size) * _between(u[:, 4], 0.01, 0.035)[:, None, None, None]
     if s > 0 and style in SHIFTS: image = SHIFTS[style](np.clip(image, 0, 1), v[:, 1:, None, None, None], grid, s)
-    return image, mask, owner
+    return image, mask
 
 # %% ../nbs/01_scenes.ipynb #make-scenes
 def make_scenes(
@@ -320,6 +318,6 @@ def make_scenes(
     images, masks = np.empty((len(index), 3, size, size), np.uint8), np.empty((len(index), size, size), np.uint8)
     chunk = max(1, 32 * 64 * 64 // size**2)
     for i in range(0, len(index), chunk):
-        image, masks[i:i + chunk], _ = _render(index[i:i + chunk], int(size), style, float(strength))
+        image, masks[i:i + chunk] = _render(index[i:i + chunk], int(size), style, float(strength))
         images[i:i + chunk] = np.clip(image * 255 + np.float32(0.5), 0, 255).astype(np.uint8)
     return torch.from_numpy(images), torch.from_numpy(masks)

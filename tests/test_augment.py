@@ -374,3 +374,18 @@ def test_padding_is_never_class_zero_in_any_policy():
 
 def test_module_needs_no_notebook_packages():
     assert not {"nbdev", "IPython", "ipywidgets", "matplotlib"} & set(vars(A))
+
+
+def test_uint8_labels_keep_their_values():
+    y, P = labels(), draw(randaugment(2, 0.7, GEO))
+    out = identity().apply_label(y.byte(), P)
+    assert out.dtype == torch.uint8 and torch.equal(out.long(), identity().apply_label(y, P))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(dtype):
+    policy, x, p = POLICIES["all"], smooth(), probabilities()
+    P = draw(policy)
+    image, (soft, valid) = policy.apply_image(x.to(dtype), P), policy.apply_pred(p.to(dtype), P)
+    assert image.dtype == soft.dtype == dtype and torch.equal(valid, policy.valid(P))
+    assert (soft.float() - policy.apply_pred(p, P)[0]).abs().max() < 0.02

@@ -12,9 +12,28 @@ from torch.utils.data import DataLoader
 
 from semiseg_nb import data
 from semiseg_nb.core import IGNORE, UserError
-from semiseg_nb.data import (Files, Folder, Images, Labelled, Stream, Task, check_folder, class_palette, cut, image_mean,
-                             image_tags, load_split, load_task, loader, one_pass, random_crop, read_image, read_mask,
-                             scene_order, split_id)
+from semiseg_nb.data import (
+    Files,
+    Folder,
+    Images,
+    Labelled,
+    Stream,
+    Task,
+    check_folder,
+    class_palette,
+    cut,
+    image_mean,
+    image_tags,
+    load_split,
+    load_task,
+    loader,
+    one_pass,
+    random_crop,
+    read_image,
+    read_mask,
+    scene_order,
+    split_id,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -107,7 +126,7 @@ def test_stream_cuts_the_global_batch_by_rank(world):
 
 def test_stream_refuses_what_it_cannot_do():
     with pytest.raises(UserError, match="empty"): Stream([], 2, seed=0)
-    with pytest.raises(UserError, match="batch_size 5 .* 2 processes"): Stream(range(4), 5, seed=0, world=2)
+    with pytest.raises(UserError, match=r"batch_size 5 .* 2 processes"): Stream(range(4), 5, seed=0, world=2)
     with pytest.raises(UserError, match="batch_size 0"): Stream(range(4), 0, seed=0)
 
 
@@ -206,7 +225,7 @@ def test_disk_and_memory_give_equal_batches(official):
 def test_a_file_that_vanishes_during_training_is_one_sentence(official, workers):
     task = load_task("folder", official, n_labelled=4, memory_limit=0)
     for path in task.labelled.images.paths: path.unlink()
-    with pytest.raises(UserError, match="^'[^\n]*' does not exist[^\n]*$"): next(loader(task.labelled, 2, workers=workers))
+    with pytest.raises(UserError, match=r"^'[^\n]*' does not exist[^\n]*$"): next(loader(task.labelled, 2, workers=workers))
 
 
 # ---------------------------------------------------------------- no mask leaks
@@ -249,6 +268,8 @@ def test_cut_takes_labels_from_the_front_and_tuning_from_the_end():
     ("abc", {"n_labelled": 0}, "n_labelled is 0: at least one"),
     ("", {"n_labelled": 1}, "no labelled image"),
     ("abc", {"n_labelled": 3}, "no unlabelled image: all 3"),
+    ("abc", {"n_labelled": 1, "n_tune": 4}, "n_tune is 4: choose 0 to 3"),
+    ("abc", {"n_labelled": 1, "n_tune": 3}, "no labelled image: 3 .* when 3 are set aside"),
     ("abc", {"n_labelled": 1, "n_unlabelled": 5}, "n_unlabelled is 5, but 2 images are left"),
 ])
 def test_cut_refuses_numbers_that_do_not_fit(order, options, says):
@@ -284,7 +305,7 @@ def test_extra_unlabelled_and_other_splits(official):
     assert isinstance(ood, Labelled) and ood.size == (8, 8) and not isinstance(far, Labelled) and "mask" not in far[0]
     hidden = load_split("folder", official, "train", ids=task.unlabelled.ids[:8])
     assert hidden.ids == task.unlabelled.ids[:8] and torch.equal(hidden.images, task.unlabelled.images[:8])
-    with pytest.raises(UserError, match="split 'odd' is not known .did you mean 'ood'"): load_split("folder", official, "odd")
+    with pytest.raises(UserError, match=r"split 'odd' is not known .did you mean 'ood'"): load_split("folder", official, "odd")
     for wrong in ("val", "train"):
         with pytest.raises(UserError, match="neither train nor val"): load_task("folder", official, extra_unlabelled=wrong)
 
@@ -377,7 +398,7 @@ def test_other_kinds_of_files(tmp_path):
     deep = read_image(tmp_path / "deep.png")
     assert deep.shape == (3, 12, 16) and deep.max() == round(191 * 300 / 65535 * 255) and torch.equal(deep[0], deep[2])
     assert read_image(tmp_path / "deep.png", stretch=True).max() == 255
-    Image.fromarray((a > 9000)).save(tmp_path / "one_bit.png")
+    Image.fromarray(a > 9000).save(tmp_path / "one_bit.png")
     assert torch.equal(read_mask(tmp_path / "one_bit.png"), torch.from_numpy(a > 9000).to(torch.uint8))
     exif = Image.Exif()
     exif[274] = 6
@@ -449,6 +470,9 @@ PLAIN = [  # what is done to the folder, what the sentence must say
     (lambda r: (r / "images").rename(r / "pictures"), "has no folder 'images'"),
     (lambda r: (r / "images/test").mkdir(), "has the folders test, but none called 'train'"),
     (lambda r: (r / "dataset.json").write_text("{"), "dataset.json' is not valid JSON"),
+    (lambda r: (r / "dataset.json").write_text("[1, 2]"), "dataset.json' is not valid JSON"),
+    (lambda r: (r / "dataset.json").write_text('{"classes": [{"id": 1, "name": "a"}, {"id": 0, "name": "b"}]}'), "order of their ids"),
+    (lambda r: (r / "dataset.json").write_text('{"classes": ["a", "b"]}'), "with 2 classes the values are 0 to 1"),
 ]
 
 
@@ -485,7 +509,7 @@ def test_each_mistake_in_an_official_folder_is_one_sentence(official, spoil, opt
 
 
 def test_wrong_names_and_roots(tmp_path):
-    with pytest.raises(UserError, match="dataset 'scense' is not known .*did you mean 'scenes'"): load_task("scense")
+    with pytest.raises(UserError, match=r"dataset 'scense' is not known .*did you mean 'scenes'"): load_task("scense")
     with pytest.raises(UserError, match="nowhere' does not exist"): load_task("folder", tmp_path / "nowhere")
     with pytest.raises(UserError, match="needs data_root"): load_task("folder")
 
@@ -517,6 +541,12 @@ def test_doctor_sees_values_and_leaks(official):
     assert "value 7" in problems and "value 9" in problems and "v1.png' has no mask" in problems
     assert "t1.png' and '" in problems and "tested on what it was trained on" in problems
     assert not check_folder(official / "nowhere").ok
+
+
+def test_doctor_does_not_call_blank_tiles_a_leak(official):
+    for path in ("images/train/t1.png", "images/val/v0.png"): Image.new("RGB", (16, 12)).save(official / path)
+    report = check_folder(official)
+    assert report.ok and sum("one flat colour" in n for n in report.notes) == 2
 
 
 # ---------------------------------------------------------------- known data sets, as tiny copies of their trees
@@ -613,12 +643,12 @@ def test_an_absent_data_set_says_where_it_comes_from(tmp_path, name, page):
 
 def test_absent_sbd_says_so_and_offers_the_small_list(tmp_path):
     voc_tree(tmp_path)
-    with pytest.raises(UserError, match="SBD .augmented=False does without.*SegmentationClassAug"): load_task("voc", tmp_path, n_labelled=1)
+    with pytest.raises(UserError, match=r"SBD .augmented=False does without.*SegmentationClassAug"): load_task("voc", tmp_path, n_labelled=1)
 
 
 def test_a_missing_file_of_a_known_set_is_named(tmp_path):
     (voc_tree(tmp_path) / "JPEGImages/v.jpg").unlink()
-    with pytest.raises(UserError, match="v.jpg' does not exist"): load_task("voc", tmp_path, n_labelled=1, augmented=False)
+    with pytest.raises(UserError, match=r"v.jpg' does not exist"): load_task("voc", tmp_path, n_labelled=1, augmented=False)
 
 
 # ---------------------------------------------------------------- real folders, and the committed lists

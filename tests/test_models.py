@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from semiseg_nb.core import UserError, seed_everything
-from semiseg_nb.models import (DeepLabV3, EncoderNet, UNet, build_model, count_parameters, encoder_name, load_weights,
-                               read_weights)
+from semiseg_nb.core import EMA, UserError, seed_everything
+from semiseg_nb.models import DeepLabV3, EncoderNet, UNet, build_model, count_parameters, encoder_name, load_weights, read_weights
 
 OURS = ["unet", "deeplabv3"]
 TINY = ["resnet18", "convnext_atto", "mobilenetv3_small_050"]
@@ -33,6 +32,7 @@ def test_forward_is_decode_of_encode(model):
     features = net.encode(x)
     assert all(a.shape[-1] >= b.shape[-1] for a, b in zip(features, features[1:])), "finest first"
     assert torch.equal(net.decode(features, x.shape[-2:]), net(x))
+    assert net.decode(features, (96, 128)).shape == (2, 5, 96, 128), "any size may be asked for"
 
 
 @pytest.mark.parametrize("model", OURS)
@@ -109,7 +109,7 @@ def test_a_few_steps_learn_one_batch(model):
 
 def test_one_pixel_left_is_said_in_one_sentence():
     net = UNet(3, 4)
-    with pytest.raises(UserError, match="8x8 px.*BatchNorm"): net.train()(images(8, 8))
+    with pytest.raises(UserError, match=r"8x8 px.*BatchNorm"): net.train()(images(8, 8))
     assert net.train()(images(8, 8, n=2)).shape == (2, 3, 8, 8)
     assert net.eval()(images(8, 8)).shape == (1, 3, 8, 8)
 
@@ -143,6 +143,18 @@ def test_padding_of_the_frame_is_cut_off_again():
     x = images(48, 64)
     whole = F.pad(x, (0, 0, 0, 16), value=0.5)  # the mean colour, by hand
     with torch.no_grad(): torch.testing.assert_close(net(x), net(whole)[..., :48, :])
+
+
+def test_an_encoder_of_fixed_size_refuses_in_one_sentence():
+    net = build_model("unet", 3, encoder="swin_tiny_patch4_window7_224").eval()
+    with pytest.raises(UserError, match="64x64 px.*224"): net(images(64, 64))
+
+
+def test_networks_can_be_copied_and_averaged():
+    for net in (build_model("unet", 3, width=4), build_model("deeplabv3", 3, width=4), build_model("unet", 3, encoder="resnet18")):
+        average = EMA(net, decay=0.5)
+        average.update(net)
+        with torch.no_grad(): torch.testing.assert_close(average(images(32, 32)), net.eval()(images(32, 32)))
 
 
 def test_names_are_found_and_close_ones_proposed():
@@ -200,7 +212,7 @@ def test_a_file_that_does_not_fit_is_named_with_its_keys(tmp_path):
     path = tmp_path / "narrow.pth"
     torch.save(UNet(5, 4).state_dict(), path)
     with pytest.raises(UserError, match=r"narrow.pth.*does not fit.*first down\.0\.0\.0\.weight"): build_model("unet", 5, width=8, weights=path)
-    with pytest.raises(UserError, match="narrow.pth.*does not fit"): build_model("unet", 5, encoder="resnet18", weights=path)
+    with pytest.raises(UserError, match=r"narrow\.pth.*does not fit"): build_model("unet", 5, encoder="resnet18", weights=path)
     net = UNet(5, 8)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     with pytest.raises(UserError): load_weights(net, path)
