@@ -161,7 +161,7 @@ class DeepLabV3(Segmenter):
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SMP = {"unet": "Unet", "deeplabv3": "DeepLabV3", "deeplabv3plus": "DeepLabV3Plus"}  # our names -> theirs
 
-
+# %% ../nbs/04_models.ipynb #encoder-net-class
 class EncoderNet(Segmenter):
     "A network of segmentation-models-pytorch behind `encode` and `decode`, for images of any size"
 

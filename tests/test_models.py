@@ -147,7 +147,7 @@ def test_padding_of_the_frame_is_cut_off_again():
 
 def test_an_encoder_of_fixed_size_refuses_in_one_sentence():
     net = build_model("unet", 3, encoder="swin_tiny_patch4_window7_224").eval()
-    with pytest.raises(UserError, match="64x64 px.*224"): net(images(64, 64))
+    with pytest.raises(UserError, match=r"64x64 px.*224"): net(images(64, 64))
 
 
 def test_networks_can_be_copied_and_averaged():
