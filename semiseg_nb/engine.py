@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Clock', 'Method', 'optimise', 'average_gradients', 'evaluate', 'make_accelerator', 'Run', 'peak_memory_mb',
            'device_name', 'rng_state', 'set_rng_state', 'save_checkpoint', 'load_checkpoint', 'NonFiniteLoss', 'Log',
-           'fit', 'check_settings', 'prepare', 'first_lr', 'check_finite', 'one_line', 'save_weights', 'load_weights']
+           'one_step', 'Keeper', 'fit', 'check_settings', 'prepare', 'pairs', 'current_lr', 'check_finite', 'one_line',
+           'save_weights', 'load_weights']
 
 # %% ../nbs/07_engine.ipynb #imports
 import json
@@ -253,6 +254,62 @@ class Log:
         self.rows = []
         return {name: sum(v) / len(v) for name, v in sums.items()}
 
+# %% ../nbs/07_engine.ipynb #step
+def one_step(
+    method: Method,
+    lab: dict,  # labelled batch
+    unl: dict | None,  # unlabelled batch
+    clock: Clock,
+    accelerator: Accelerator,
+    clip: float | None = None,  # largest gradient norm
+) -> dict:  # name -> scalar: all losses, and the method's statistics
+    "Make every update that the method yields for one pair of batches"
+    values, factor, updates = {}, method.lr_factor(clock), method.updates(lab, unl, clock)
+    while True:
+        with accelerator.autocast(): update = next(updates, None)
+        if update is None: return values | method.stats
+        name, losses = update
+        optimiser = method.optimisers[name]
+        for group in optimiser.param_groups: group["lr"] = group["initial_lr"] * factor
+        optimise(optimiser, losses, accelerator, clip)
+        values.update(losses)
+
+# %% ../nbs/07_engine.ipynb #keeper
+class Keeper:
+    "Logs, evaluates and saves between the steps of a run"
+
+    def __init__(self, method, run, accelerator, eval_on, eval_every, probe, path, checkpoint_every, settings, start, progress):
+        self.method, self.run, self.accelerator, self.settings = method, run, accelerator, settings
+        self.eval_on, self.eval_every, self.probe, self.path, self.checkpoint_every = eval_on, eval_every, probe, path, checkpoint_every
+        self.log, self.every, self.progress = Log(), max(1, min(50, run.steps // 20)), progress and accelerator.is_main_process
+        self.saved = f"the last good checkpoint is step {start} in {path}" if start else "no checkpoint was written yet"
+        self.bar = tqdm(total=run.steps, initial=start, disable=not self.progress, desc=type(method).__name__, mininterval=1)
+        self.tick = time.perf_counter()
+
+    def after(self, done: int, values: dict, images: int) -> None:
+        "Called when `done` steps are made; raises `NonFiniteLoss`"
+        run, last = self.run, done == self.run.steps
+        self.log.add(done - 1, values)
+        run.images += images
+        evaluating = self.eval_on is not False and (last or (self.eval_every and done % self.eval_every == 0))
+        saving = self.path and (last or (self.checkpoint_every and done % self.checkpoint_every == 0))
+        if not (done % self.every == 0 or evaluating or saving): return
+        means = self.log.flush(self.saved)
+        run.seconds += time.perf_counter() - self.tick
+        self.bar.update(done - self.bar.n)
+        run.history.append({"step": done, "seconds": round(run.seconds, 3), "lr": current_lr(self.method), **means})
+        if evaluating: self.evaluate(run.history[-1])
+        if saving:
+            check_finite(self.method, done, self.saved)
+            save_checkpoint(self.path, self.method, run, done, self.settings, self.accelerator)
+            self.saved = f"the last good checkpoint is step {done} in {self.path}"
+        self.tick = time.perf_counter()
+
+    def evaluate(self, row: dict) -> None:
+        "Add the scores to the row of the history, and print one line"
+        row.update(evaluate(self.method, self.eval_on, accelerator=self.accelerator), **(self.probe(self.method) if self.probe else {}))
+        if self.progress: self.bar.write(one_line(row, self.run.steps))
+
 # %% ../nbs/07_engine.ipynb #fit
 def fit(
     method: Method,  # trained in place
@@ -263,7 +320,7 @@ def fit(
     seed: int = 0,  # of data order, views and dropout
     eval_every: int | None = None,  # steps between evaluations; None: once, at the end
     eval_on=None,  # data set to score; None: task.val; False: never
-    probe: Callable | None = None,  # called at each evaluation with the method: more numbers for the history
+    probe: Callable | None = None,  # called with the method at each evaluation: more numbers for the history
     out_dir=None,  # folder of the checkpoint; None: none is written
     checkpoint_every: int | None = None,  # None: at the end only
     resume: bool = True,  # go on from out_dir/checkpoint.pt where there is one
@@ -276,58 +333,24 @@ def fit(
     check_settings(steps, batch_size, unlabelled_batch, eval_every, checkpoint_every)
     accelerator = accelerator or make_accelerator()
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    eval_on = task.val if eval_on is None else eval_on
     settings = {"method": type(method).__name__, "steps": steps, "batch_size": batch_size, "unlabelled_batch": unlabelled_batch,
                 "seed": seed, "split_id": task.split_id, "processes": world}
-    run = Run(steps, seed, batch_size, device=device_name(device))
+    run, path = Run(steps, seed, batch_size, device=device_name(device)), Path(out_dir) / "checkpoint.pt" if out_dir else None
     prepare(method, accelerator)
     seed_everything(seed + 7919 * rank)
-    path = Path(out_dir) / "checkpoint.pt" if out_dir else None
     start = load_checkpoint(path, method, run, settings, accelerator) if path and resume and path.exists() else 0
     if start and accelerator.is_main_process: print(f"resumed at step {start} of {steps}")
-    sources = [loader(task.labelled, batch_size, seed, start, rank, world, workers, device)]
-    if method.uses_unlabelled: sources.append(loader(task.unlabelled, unlabelled_batch or batch_size, seed + 1, start, rank, world, workers, device))
-
-    log, every, saved = Log(), max(1, min(50, steps // 20)), f"the last good checkpoint is step {start}" if start else "no checkpoint was written yet"
-    bar = tqdm(total=steps, initial=start, disable=not (progress and accelerator.is_main_process), desc=type(method).__name__, mininterval=1)
+    batches = pairs(method, task, batch_size, unlabelled_batch, seed, start, rank, world, workers, device)
+    keeper = Keeper(method, run, accelerator, task.val if eval_on is None else eval_on, eval_every, probe, path, checkpoint_every, settings, start, progress)
     method.train()
-    tick, step = time.perf_counter(), start
     try:
         for step in range(start, steps):
-            clock = Clock(step, steps, seed, rank, world)
-            lab, unl = [next(s) for s in sources] if len(sources) == 2 else (next(sources[0]), None)
-            values, factor = {}, method.lr_factor(clock)
-            updates = method.updates(lab, unl, clock)
-            while True:
-                with accelerator.autocast(): update = next(updates, None)
-                if update is None: break
-                name, losses = update
-                optimiser = method.optimisers[name]
-                for group in optimiser.param_groups: group["lr"] = group["initial_lr"] * factor
-                optimise(optimiser, losses, accelerator, clip)
-                values.update(losses)
-            log.add(step, values | method.stats)
-            run.images += len(lab["image"]) * world + (len(unl["image"]) * world if unl else 0)
-
-            done = step + 1
-            evaluating = eval_on is not False and (done == steps or (eval_every and done % eval_every == 0))
-            saving = path and (done == steps or (checkpoint_every and done % checkpoint_every == 0))
-            if done % every == 0 or evaluating or saving:
-                row = log.flush(saved)
-                bar.update(done - bar.n)
-                run.seconds += time.perf_counter() - tick
-                if row: run.history.append({"step": done, "seconds": round(run.seconds, 3), "lr": factor * first_lr(method), **row})
-                if evaluating:
-                    run.history[-1].update(evaluate(method, eval_on, accelerator=accelerator), **(probe(method) if probe else {}))
-                    if accelerator.is_main_process and progress: bar.write(one_line(run.history[-1], steps))
-                if saving:
-                    check_finite(method, done, saved)
-                    save_checkpoint(path, method, run, done, settings, accelerator)
-                    saved = f"the last good checkpoint is step {done} in {path}"
-                tick = time.perf_counter()
+            lab, unl = next(batches)
+            values = one_step(method, lab, unl, Clock(step, steps, seed, rank, world), accelerator, clip)
+            keeper.after(step + 1, values, world * (len(lab["image"]) + (len(unl["image"]) if unl else 0)))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Interrupted at step {step} of {steps}; {saved}: the same call with resume=True goes on from there.") from None
-    finally: bar.close()
+        raise KeyboardInterrupt(f"Interrupted at step {step} of {steps}; {keeper.saved}: the same call with resume=True goes on from there.") from None
+    finally: keeper.bar.close()
     run.peak_memory_mb = peak_memory_mb(device)
     method.eval()
     return run
@@ -356,9 +379,16 @@ def prepare(method: Method, accelerator: Accelerator) -> None:
         for group in optimiser.param_groups: group.setdefault("initial_lr", group["lr"])
 
 
-def first_lr(method: Method) -> float:
-    "The first learning rate of the first optimiser, for the log"
-    return next(iter(method.optimisers.values())).param_groups[0]["initial_lr"]
+def pairs(method, task, batch_size, unlabelled_batch, seed, start, rank, world, workers, device) -> Iterator[tuple[dict, dict | None]]:
+    "Endless pairs of a labelled and an unlabelled batch; no unlabelled one for a method that has no use for it"
+    labelled = loader(task.labelled, batch_size, seed, start, rank, world, workers, device)
+    if not method.uses_unlabelled: return ((lab, None) for lab in labelled)
+    return zip(labelled, loader(task.unlabelled, unlabelled_batch or batch_size, seed + 1, start, rank, world, workers, device))
+
+
+def current_lr(method: Method) -> float:
+    "The learning rate of the first optimiser, for the log"
+    return next(iter(method.optimisers.values())).param_groups[0]["lr"]
 
 
 def check_finite(method: Method, step: int, saved: str) -> None:

@@ -46,7 +46,7 @@ def settings_of(
     for name in chosen: one_of(name, wanted, f"setting of {method_class.__name__}")
     return {n: getattr(v, "name", v) for n, v in (wanted | chosen).items() if v is not None}
 
-
+# %% ../nbs/08_records.ipynb #make-record
 def make_record(
     method: str,  # one of `METHODS`
     run: Run,
@@ -68,7 +68,7 @@ def make_record(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
-
+# %% ../nbs/08_records.ipynb #thin
 def thin(history: list, most: int = 200) -> list:
     "At most `most` rows, rows with scores first kept, then evenly spread"
     scored = [r for r in history if "miou" in r]

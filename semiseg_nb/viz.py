@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['DPI', 'GREY', 'COLOURS', 'to_numpy', 'mask_to_rgb', 'image_to_rgb', 'overlay', 'show_grid', 'show_predictions',
-           'curves', 'reliability', 'save_figure']
+           'curves', 'reliability', 'save_figure', 'controls']
 
 # %% ../nbs/09_viz.ipynb #imports
+import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -205,3 +207,27 @@ def save_figure(
     if kind not in ("png", "svg", "pdf"):
         raise UserError(f"'{path}' cannot be written as a picture: a name ending in .png, .svg or .pdf would be right.")
     return atomic_write(path, lambda f: fig.savefig(f, format=kind, bbox_inches="tight"))
+
+# %% ../nbs/09_viz.ipynb #controls
+def controls(
+    draw: Callable,  # takes one keyword per knob and returns a matplotlib figure
+    **knobs,  # name -> a widget of ipywidgets, such as IntSlider(2, 0, 4)
+) -> None:
+    "Show the knobs and the figure that `draw` makes of their values; works without a front end too"
+    from IPython.display import display
+    from ipywidgets import HBox, Image, Layout, VBox
+
+    picture = Image(format="png")
+
+    def redraw(change=None):
+        fig, buffer = draw(**{name: knob.value for name, knob in knobs.items()}), io.BytesIO()
+        fig.savefig(buffer, format="png", bbox_inches="tight")
+        plt.close(fig)
+        picture.value = buffer.getvalue()
+
+    for name, knob in knobs.items():
+        knob.description = knob.description or name
+        if hasattr(knob, "continuous_update"): knob.continuous_update = False
+        knob.observe(redraw, "value")
+    redraw()
+    display(VBox([HBox(list(knobs.values()), layout=Layout(flex_flow="row wrap")), picture]))

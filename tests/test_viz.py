@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from semiseg_nb.core import UserError
-from semiseg_nb.viz import GREY, curves, image_to_rgb, mask_to_rgb, overlay, reliability, save_figure, show_grid, show_predictions
+from semiseg_nb.viz import GREY, controls, curves, image_to_rgb, mask_to_rgb, overlay, reliability, save_figure, show_grid, show_predictions
 
 PALETTE = [(0, 0, 0), (255, 0, 0), (0, 0, 255)]
 
@@ -89,3 +89,17 @@ def test_figures_are_written_whole_and_of_modest_size(tmp_path):
     assert path.read_bytes()[:4] == b"\x89PNG" and 5_000 < path.stat().st_size < 200_000
     assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
     with pytest.raises(UserError, match=r"grid\.bmp"): save_figure(plt.figure(), tmp_path / "grid.bmp")
+
+
+def test_controls_redraw_when_a_knob_moves_and_leave_no_open_figure():
+    widgets = pytest.importorskip("ipywidgets")
+    seen = []
+
+    def draw(strength):
+        seen.append(strength)
+        return show_grid([np.zeros((4, 4), int)], title=str(strength))
+    open_before = plt.get_fignums()
+    knob = widgets.FloatSlider(0.5, min=0, max=1)
+    controls(draw, strength=knob)
+    knob.value = 0.75
+    assert seen == [0.5, 0.75] and plt.get_fignums() == open_before and knob.description == "strength"
