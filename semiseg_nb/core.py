@@ -131,7 +131,7 @@ class EMA(nn.Module):
     def update(self, net: nn.Module) -> None:
         "One step towards `net`: float parameters and buffers are averaged, integer buffers copied"
         a = min(1 - 1 / (self._t + 1), self.decay)
-        pairs = [(m, s) for m, s in zip(self.net.state_dict().values(), net.state_dict().values())]
+        pairs = list(zip((*self.net.parameters(), *self.net.buffers()), (*net.parameters(), *net.buffers())))
         mean, new = zip(*[(m, s) for m, s in pairs if m.is_floating_point()])
         torch._foreach_lerp_(list(mean), list(new), 1 - a)
         for m, s in pairs:

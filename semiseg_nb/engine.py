@@ -106,7 +106,8 @@ def average_gradients(params: list, accelerator: Accelerator) -> None:
     "Replace every gradient by its mean over the processes: one flat all-reduce"
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     flat = accelerator.reduce(torch.cat([g.reshape(-1) for g in grads]), "mean")
-    for p, part in zip(params, flat.split([g.numel() for g in grads])): p.grad = part.view(p.shape)
+    for p, g, part in zip(params, grads, flat.split([g.numel() for g in grads])):
+        p.grad = g.copy_(part.view(g.shape))  # in place: a fused optimiser needs the memory layout of the weight
 
 # %% ../nbs/07_engine.ipynb #evaluate
 @torch.no_grad()

@@ -59,7 +59,7 @@ class Supervised(Method):
         super().__init__()
         self.net, self.ema = net, EMA(net, ema_decay)
         self.policies = labelled_views(views, task.mean, n, strength)
-        self.optimisers = {"net": torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)}
+        self.optimisers = {"net": torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)}
 
     def updates(self, lab, unl, clock):
         x, y = view(lab, self.policies, clock)

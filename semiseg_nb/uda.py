@@ -139,7 +139,7 @@ class UDA(Method):
         self.strong = strong or randaugment(n=n, strength=strength, ops=PHOTO, fill=task.mean)
         self.weight, self.threshold, self.temperature, self.warmup = weight, threshold, temperature, warmup
         self.tsa, self.teacher, self.mix, self.align = tsa, teacher, mix, align
-        self.optimisers = {"net": torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)}
+        self.optimisers = {"net": torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)}
 
     def updates(self, lab, unl, clock):
         x, y = view(lab, self.policies, clock)

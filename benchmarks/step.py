@@ -1,0 +1,159 @@
+"""Where the time of a training step goes, method by method, in one process: python benchmarks/step.py [--record]
+
+A step is timed as the engine runs it. Its parts are timed inside the same steps: waiting for data, drawing and applying views, forward passes
+with losses, backward, optimiser, weight average, and the engine's own bookkeeping. Methods take turns, so that a machine that slows down slows all of them.
+FLOPs are counted by PyTorch and set against the fastest float32 matrix product of this machine, measured between the rounds.
+"""
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from semiseg_nb import engine
+from semiseg_nb.augment import Policy
+from semiseg_nb.core import EMA, atomic_write, seed_everything
+from semiseg_nb.data import load_task
+from semiseg_nb.engine import Clock, device_name, fit, make_accelerator, one_step, pairs, prepare
+from semiseg_nb.models import build_model
+from semiseg_nb.records import commit, versions
+from semiseg_nb.supervised import Supervised
+from semiseg_nb.uda import UDA
+
+METHODS = {"supervised": Supervised, "uda": UDA}
+PARTS = ("data", "views", "forward", "backward", "optimiser", "average", "rest")
+
+
+class Stopwatch:
+    "Adds up the time spent in wrapped functions; an outer function is not charged for an inner one"
+
+    def __init__(self, device):
+        self.device, self.spent, self.stack = device, defaultdict(float), []
+
+    def now(self):
+        if self.device.type == "cuda": torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def call(self, part, function, *args, **kwargs):
+        start, self.stack = self.now(), [*self.stack, 0.0]
+        try: return function(*args, **kwargs)
+        finally:
+            took, *self.stack = self.now() - start, *self.stack
+            inner = self.stack.pop()
+            self.spent[part] += took - inner
+            if self.stack: self.stack[-1] += took
+
+    @contextmanager
+    def watching(self, *places):
+        "Wrap (owner, name, part) for the time of the block"
+        saved = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+        for (owner, name, part), (_, _, function) in zip(places, saved):
+            setattr(owner, name, lambda *a, _p=part, _f=function, **k: self.call(_p, _f, *a, **k))
+        try: yield
+        finally:
+            for owner, name, function in saved: setattr(owner, name, function)
+
+
+def measure(method, batches, accelerator, steps, first):
+    "Seconds per step, in all and by part"
+    watch = Stopwatch(accelerator.device)
+    places = [(Policy, n, "views") for n in ("sample", "apply_image", "apply_label", "valid", "apply_pred")]
+    places += [(Clock, "draw", "views"), (torch.Tensor, "backward", "backward"), (EMA, "update", "average"), (engine, "optimise", "optimiser")]
+
+    def forward(lab, unl, clock):
+        "The method's generator, timed while it computes"
+        updates = type(method).updates(method, lab, unl, clock)
+        while (update := watch.call("forward", next, updates, None)) is not None: yield update
+
+    def run():
+        for i in range(steps):
+            lab, unl = watch.call("data", next, batches)
+            one_step(method, lab, unl, Clock(first + i, 10**6), accelerator)
+    method.updates = forward
+    with watch.watching(*places): watch.call("rest", run)
+    del method.updates
+    return {part: watch.spent[part] / steps for part in PARTS}
+
+
+def ceiling(device, n=2048, rounds=5):
+    "The best FLOP/s of a matrix product in float32 (bfloat16 on a GPU)"
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    best = 0.0
+    for _ in range(rounds):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda": torch.cuda.synchronize()
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def flops_of(method, batches, accelerator):
+    "Floating-point operations of one step, forward and backward, counted by PyTorch"
+    lab, unl = next(batches)
+    with FlopCounterMode(display=False) as counter: one_step(method, lab, unl, Clock(10**5, 10**6), accelerator)
+    return counter.get_total_flops()
+
+
+def engine_overhead(method, task, accelerator, steps):
+    "Seconds per step of `fit` itself, logging included"
+    return fit(method, task, steps, eval_on=False, progress=False, accelerator=accelerator).seconds / steps
+
+
+def main(a):
+    accelerator = make_accelerator()
+    device = accelerator.device
+    torch.set_num_threads(a.threads)
+    task = load_task("scenes", n_labelled=12, size=a.size)
+    runs = {}
+    for model, width in a.models:
+        for name, make in METHODS.items():
+            seed_everything(0)
+            method = make(build_model(model, task.n_classes, width=width, mean=task.mean), task, views="strong")
+            prepare(method, accelerator)
+            batches = pairs(method, task, a.batch_size, None, 0, 0, 0, 1, 0, device)
+            method.train()
+            measure(method, batches, accelerator, 3, 10**5)                      # warm up
+            runs[model, width, name] = (method, batches, flops_of(method, batches, accelerator), [], [])
+    tops = []
+    for _ in range(a.rounds):
+        for method, batches, _, parts, whole in runs.values():
+            parts.append(measure(method, batches, accelerator, a.steps, 10**5))
+            whole.append(engine_overhead(method, task, accelerator, a.steps))
+        tops.append(ceiling(device))
+    top, rows = max(tops), []
+    for (model, width, name), (_, _, flops, parts, whole) in runs.items():
+        ms = {p: 1000 * statistics.median(r[p] for r in parts) for p in PARTS}
+        total = sum(ms.values())
+        outside = statistics.median(1 - (r["forward"] + r["backward"]) / sum(r.values()) for r in parts)
+        base = runs[model, width, "supervised"][3]
+        rows.append({"model": model, "width": width, "method": name, "ms": {k: round(v, 3) for k, v in ms.items()}, "step_ms": round(total, 2),
+                     "fit_ms": round(1000 * statistics.median(whole), 2), "outside_forward_backward": round(outside, 4), "data_share": round(ms["data"] / total, 4),
+                     "over_supervised": round(statistics.median(sum(r.values()) / sum(b.values()) for r, b in zip(parts, base)), 3),
+                     "gflop": round(flops / 1e9, 3), "share_of_ceiling": round(statistics.median(flops / sum(r.values()) for r in parts) / top, 4)})
+    print(f"{device_name(device)}, batch {a.batch_size} + {a.batch_size}, {a.size} px, {a.rounds} rounds of {a.steps} steps, ceiling {top / 1e9:.0f} GFLOP/s")
+    print(f"{'model':<14}{'method':<12}" + "".join(f"{p:>10}" for p in PARTS) + f"{'step ms':>9}{'fit ms':>8}{'outside':>9}{'x superv.':>10}{'GFLOP':>7}{'of ceiling':>11}")
+    for r in rows:
+        print(f"{r['model'] + ' ' + str(r['width']):<14}{r['method']:<12}" + "".join(f"{r['ms'][p]:>10.2f}" for p in PARTS) + f"{r['step_ms']:>9.1f}{r['fit_ms']:>8.1f}"
+              f"{r['outside_forward_backward']:>9.1%}{r['over_supervised']:>10.2f}{r['gflop']:>7.2f}{r['share_of_ceiling']:>11.1%}")
+    if a.record:
+        about = {"what": "time of a training step, median over rounds", "device": device_name(device), "size": a.size, "batch_size": a.batch_size, "rounds": a.rounds,
+                 "steps": a.steps, "ceiling_gflops": round(top / 1e9, 1), "versions": versions(), "commit": commit(), "rows": rows}
+        path = Path(__file__).parents[1] / "results/benchmarks" / f"step-{device.type}-{a.size}.json"
+        print(atomic_write(path, lambda f: f.write((json.dumps(about, indent=1) + "\n").encode())).name)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--size", type=int, default=64)
+    p.add_argument("--batch-size", type=int, default=8)
+    p.add_argument("--steps", type=int, default=10)
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--models", type=lambda s: [(m.split(":")[0], int(m.split(":")[1])) for m in s.split(",")], default=[("unet", 8), ("unet", 16), ("deeplabv3", 16)])
+    p.add_argument("--record", action="store_true", help="write results/benchmarks/step-<device>-<size>.json")
+    main(p.parse_args())
