@@ -125,26 +125,40 @@ def main(a):
             parts.append(measure(method, batches, accelerator, a.steps, 10**5))
             whole.append(engine_overhead(method, task, accelerator, a.steps))
         tops.append(ceiling(device))
-    top, rows = max(tops), []
-    for (model, width, name), (_, _, flops, parts, whole) in runs.items():
-        ms = {p: 1000 * statistics.median(r[p] for r in parts) for p in PARTS}
-        total = sum(ms.values())
-        outside = statistics.median(1 - (r["forward"] + r["backward"]) / sum(r.values()) for r in parts)
-        base = runs[model, width, "supervised"][3]
-        rows.append({"model": model, "width": width, "method": name, "ms": {k: round(v, 3) for k, v in ms.items()}, "step_ms": round(total, 2),
-                     "fit_ms": round(1000 * statistics.median(whole), 2), "outside_forward_backward": round(outside, 4), "data_share": round(ms["data"] / total, 4),
-                     "over_supervised": round(statistics.median(sum(r.values()) / sum(b.values()) for r, b in zip(parts, base)), 3),
-                     "gflop": round(flops / 1e9, 3), "share_of_ceiling": round(statistics.median(flops / sum(r.values()) for r in parts) / top, 4)})
-    print(f"{device_name(device)}, batch {a.batch_size} + {a.batch_size}, {a.size} px, {a.rounds} rounds of {a.steps} steps, ceiling {top / 1e9:.0f} GFLOP/s")
-    print(f"{'model':<14}{'method':<12}" + "".join(f"{p:>10}" for p in PARTS) + f"{'step ms':>9}{'fit ms':>8}{'outside':>9}{'x superv.':>10}{'GFLOP':>7}{'of ceiling':>11}")
-    for r in rows:
-        print(f"{r['model'] + ' ' + str(r['width']):<14}{r['method']:<12}" + "".join(f"{r['ms'][p]:>10.2f}" for p in PARTS) + f"{r['step_ms']:>9.1f}{r['fit_ms']:>8.1f}"
-              f"{r['outside_forward_backward']:>9.1%}{r['over_supervised']:>10.2f}{r['gflop']:>7.2f}{r['share_of_ceiling']:>11.1%}")
-    if a.record:
-        about = {"what": "time of a training step, median over rounds", "device": device_name(device), "size": a.size, "batch_size": a.batch_size, "rounds": a.rounds,
-                 "steps": a.steps, "ceiling_gflops": round(top / 1e9, 1), "versions": versions(), "commit": commit(), "rows": rows}
-        path = Path(__file__).parents[1] / "results/benchmarks" / f"step-{device.type}-{a.size}.json"
-        print(atomic_write(path, lambda f: f.write((json.dumps(about, indent=1) + "\n").encode())).name)
+    top = max(tops)
+    rows = [row(key, run, runs[key[0], key[1], "supervised"][3], top) for key, run in runs.items()]
+    print(f"{device_name(device)}, batch {a.batch_size} + {a.batch_size}, {a.size} px, {a.rounds} rounds of {a.steps} steps,",
+          f"ceiling {top / 1e9:.0f} GFLOP/s; milliseconds")
+    head = ("model", "method", *PARTS, "step", "fit", "outside", "x superv.", "GFLOP", "of ceiling")
+    lines = [[r["model"], r["method"], *(f"{r['ms'][p]:.2f}" for p in PARTS), f"{r['step_ms']:.1f}", f"{r['fit_ms']:.1f}",
+              f"{r['outside_forward_backward']:.1%}", f"{r['over_supervised']:.2f}", f"{r['gflop']:.2f}", f"{r['share_of_ceiling']:.1%}"] for r in rows]
+    widths = [max(map(len, column)) + 2 for column in zip(head, *lines)]
+    for line in (head, *lines): print("".join(cell.rjust(w) for cell, w in zip(line, widths)))
+    if not a.record: return
+    about = {"what": "time of a training step, medians over rounds", "device": device_name(device), "size": a.size, "batch_size": a.batch_size,
+             "rounds": a.rounds, "steps": a.steps, "ceiling_gflops": round(top / 1e9, 1), "versions": versions(), "commit": commit(), "rows": rows}
+    path = Path(__file__).parents[1] / "results/benchmarks" / f"step-{device.type}-{a.size}.json"
+    print(atomic_write(path, lambda f: f.write((json.dumps(about, indent=1) + "\n").encode())).name)
+
+
+def row(key, run, supervised, top):
+    "Medians over the rounds for one model and method"
+    (model, width, name), (_, _, flops, parts, whole) = key, run
+    ms = {p: 1000 * statistics.median(r[p] for r in parts) for p in PARTS}
+    totals = [sum(r.values()) for r in parts]
+    return {
+        "model": f"{model} {width}", "method": name, "ms": {k: round(v, 3) for k, v in ms.items()},
+        "step_ms": round(1000 * statistics.median(totals), 2), "fit_ms": round(1000 * statistics.median(whole), 2),
+        "outside_forward_backward": round(statistics.median(1 - (r["forward"] + r["backward"]) / t for r, t in zip(parts, totals)), 4),
+        "data_share": round(statistics.median(r["data"] / t for r, t in zip(parts, totals)), 4),
+        "over_supervised": round(statistics.median(t / sum(b.values()) for t, b in zip(totals, supervised)), 3),
+        "gflop": round(flops / 1e9, 3), "share_of_ceiling": round(statistics.median(flops / t for t in totals) / top, 4),
+    }
+
+
+def models(text):
+    "unet:8,deeplabv3:16 to names and widths"
+    return [(name, int(width)) for name, _, width in (m.partition(":") for m in text.split(","))]
 
 
 if __name__ == "__main__":
@@ -154,6 +168,6 @@ if __name__ == "__main__":
     p.add_argument("--steps", type=int, default=10)
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--models", type=lambda s: [(m.split(":")[0], int(m.split(":")[1])) for m in s.split(",")], default=[("unet", 8), ("unet", 16), ("deeplabv3", 16)])
+    p.add_argument("--models", type=models, default=models("unet:8,unet:16,deeplabv3:16"), help="name:width,...")
     p.add_argument("--record", action="store_true", help="write results/benchmarks/step-<device>-<size>.json")
     main(p.parse_args())

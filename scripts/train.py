@@ -26,6 +26,7 @@ def arguments():
     p.add_argument("--size", type=json.loads, help="64, or [96,128] for height and width")
     p.add_argument("--model", default="unet")
     p.add_argument("--encoder")
+    p.add_argument("--pretrained", action="store_true", help="start the encoder from published weights")
     p.add_argument("--weights", help="local file with encoder weights")
     p.add_argument("--width", type=int, default=8)
     p.add_argument("--steps", type=int, default=1500)
@@ -56,7 +57,7 @@ def main(a):
     chosen, data = pairs(a.set), pairs(a.data)
     task = load_task(a.dataset, a.data_root, n_labelled=a.n_labelled, split_seed=a.split_seed, size=a.size, **data)
     seed_everything(a.seed)
-    net = build_model(a.model, task.n_classes, encoder=a.encoder, width=a.width, weights=a.weights, mean=task.mean)
+    net = build_model(a.model, task.n_classes, encoder=a.encoder, width=a.width, pretrained=a.pretrained, weights=a.weights, mean=task.mean)
     settings_of(METHODS[a.method], **chosen)
     method = METHODS[a.method](net, task, **chosen)
     on = getattr(task, a.score_on)
@@ -69,7 +70,7 @@ def main(a):
         name = "supervised_strong" if chosen.get("views") == "strong" else "supervised"
         rows = {name: evaluate(method.net, on), "supervised_ema": run.result}
     for name, result in rows.items():
-        record = make_record(name, run, task, result, params, model=a.model, encoder=a.encoder, pretrained=bool(a.weights))
+        record = make_record(name, run, task, result, params, a.model, a.encoder, bool(a.pretrained or a.weights))
         print(f"{name:18} mIoU {result['miou']:.4f}  {run.seconds:.0f} s  {write_record(record, a.out)}", flush=True)
     if a.save: save_weights(method.ema.net, a.save, {k: record[k] for k in ("method", "model", "encoder", "dataset", "params", "result")})
 

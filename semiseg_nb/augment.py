@@ -342,23 +342,28 @@ def _view_label(y, P, ignore_erased):
     return y.masked_fill(_holes(P, size, y.device), IGNORE) if ignore_erased and _IS_ERASE[op].any() else y
 
 # %% ../nbs/03_augment.ipynb #pred
+def _valid(P, size, device):
+    "Which pixels of the view stem from inside the image and were not erased: (n,H,W) bool"
+    op = P.op.numpy()
+    if _IS_GEO[op].any(): valid = _inside(_grid(P, size, device)) > 0.999
+    else: valid = torch.ones(len(P), *size, dtype=torch.bool, device=device)
+    return valid & ~_holes(P, size, device) if _IS_ERASE[op].any() else valid
+
+
 def _soft(p, P, inverse):
     "Warp a float map and divide by the part of each pixel that is inside; valid where nearly all of it is"
     _check(P, p, 4, "prediction")
     if not p.is_floating_point(): raise UserError(f"The prediction is {p.dtype}: give float maps; classes go through apply_label.")
-    op, size = P.op.numpy(), p.shape[-2:]
-    moved, erased = _IS_GEO[op].any(1), _IS_ERASE[op].any()
-    valid = torch.ones(len(p), *size, dtype=torch.bool, device=p.device)
-    shown = ~_holes(P, size, p.device) if erased else valid             # what the view shows
+    moved, size = _IS_GEO[P.op.numpy()].any(1), p.shape[-2:]
+    valid = _valid(P, size, p.device)                                   # in the view's frame
     if moved.any():
         rows = _rows(moved, p.device)
         grid = _pick(_grid(P, size, p.device, inverse), rows)
         part = _inside(grid)
         out = _sample(_pick(p, rows), grid, "bilinear") / torch.where(part > 0.999, part, 1)[:, None].to(p.dtype)
-        if inverse and erased: part = _sample(_pick(shown, rows)[:, None].to(grid.dtype), grid, "bilinear")[:, 0]
-        p, valid = _put(p, rows, out), _put(shown if inverse else valid, rows, part > 0.999)
-    elif inverse: valid = shown
-    return p, valid if inverse else valid & shown
+        if inverse: valid = _put(valid, rows, _sample(_pick(valid, rows)[:, None].to(grid.dtype), grid, "bilinear")[:, 0] > 0.999)
+        p = _put(p, rows, out)
+    return p, valid
 
 # %% ../nbs/03_augment.ipynb #draw
 class Slot(NamedTuple):
@@ -435,12 +440,7 @@ class Policy:
 
     def valid(self, P: Params, size: tuple | None = None) -> Tensor:
         "Which pixels of the view stem from inside the image and were not erased: (B,H,W) bool on the device of P"
-        return _valid(P, tuple(size or P.size))
-
-# %% ../nbs/03_augment.ipynb #valid
-def _valid(P, size):
-    valid = _inside(_grid(P, size, P.warp.device)) > 0.999
-    return valid & ~_holes(P, size, P.warp.device) if _IS_ERASE[P.op.numpy()].any() else valid
+        return _valid(P, tuple(size or P.size), P.warp.device)
 
 # %% ../nbs/03_augment.ipynb #identity
 def identity(
