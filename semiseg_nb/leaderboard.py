@@ -58,10 +58,10 @@ class Row:
     "One line of the leaderboard"
     method: str
     settings: dict
-    seeds: list
-    miou: list  # one per seed
+    repetitions: list  # (split, seed)
+    miou: list  # one per repetition
     seconds: float  # mean
-    gain: list  # paired differences to the baseline, seeds that both have
+    gain: list  # paired differences to the baseline, for repetitions that both have
     is_baseline: bool = False
 
     @property
@@ -84,14 +84,14 @@ def compare(
 
 def _rows(found: dict) -> list[Row]:
     "The rows of one group"
-    score = {key: {seed: r["result"]["miou"] for seed, r in by_seed.items()} for key, by_seed in found.items()}
+    score = {key: {rep: r["result"]["miou"] for rep, r in runs.items()} for key, runs in found.items()}
     baselines = [key for key in found if key[0] in SUPERVISED]
     best = max(baselines, key=lambda k: np.mean(list(score[k].values())), default=None)
     rows = []
-    for key, by_seed in found.items():
-        gain = [score[key][s] - score[best][s] for s in sorted(by_seed) if best and s in score[best] and key != best]
-        rows.append(Row(key[0], dict(key[1]), sorted(by_seed), [score[key][s] for s in sorted(by_seed)],
-                        float(np.mean([r["seconds"] for r in by_seed.values()])), gain, key == best))
+    for key, runs in found.items():
+        gain = [score[key][rep] - score[best][rep] for rep in sorted(runs) if best and rep in score[best] and key != best]
+        rows.append(Row(key[0], dict(key[1]), sorted(runs), [score[key][rep] for rep in sorted(runs)],
+                        float(np.mean([r["seconds"] for r in runs.values()])), gain, key == best))
     return sorted(rows, key=lambda row: -row.mean)
 
 # %% ../nbs/91_leaderboard.ipynb #table
@@ -126,10 +126,10 @@ def title_of(group: tuple) -> str:
 
 def markdown_table(rows: list[Row]) -> str:
     "The rows of one group as Markdown"
-    lines = ["| method | mIoU, mean | spread | seeds | paired difference in points [95 %] | seconds |", "|---|---|---|---|---|---|"]
+    lines = ["| method | mIoU, mean | spread | runs | paired difference in points [95 %] | seconds |", "|---|---|---|---|---|---|"]
     for r in rows:
         spread = "" if np.isnan(r.spread) else f"{r.spread:.3f}"
-        lines.append(f"| {describe(r, rows)} | {r.mean:.3f} | {spread} | {len(r.seeds)} | {gain_text(r)} | {r.seconds:.0f} |")
+        lines.append(f"| {describe(r, rows)} | {r.mean:.3f} | {spread} | {len(r.repetitions)} | {gain_text(r)} | {r.seconds:.0f} |")
     return "\n".join(lines)
 
 # %% ../nbs/91_leaderboard.ipynb #chart

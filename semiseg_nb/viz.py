@@ -211,6 +211,7 @@ def save_figure(
 # %% ../nbs/09_viz.ipynb #controls
 def controls(
     draw: Callable,  # takes one keyword per knob and returns a matplotlib figure
+    /,
     **knobs,  # name -> a widget of ipywidgets, such as IntSlider(2, 0, 4)
 ) -> None:
     "Show the knobs and the figure that `draw` makes of their values; works without a front end too"
