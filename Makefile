@@ -16,6 +16,9 @@ PY := .venv/bin/python
 READY := .venv/.installed
 endif
 
+# One thread for each process: the networks of the lessons are small, and two processes that share cores otherwise wait for each other.
+export OMP_NUM_THREADS ?= 1
+
 help:
 	@sed -n 's/^# //p' Makefile | head -4
 
@@ -40,7 +43,7 @@ demo: $(READY)
 	@$(PY) -m semiseg_nb.records _demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal --durations 10
+	$(PY) -m pytest -n 2 --dist worksteal --durations 10
 
 lab: $(READY)
 	$(PY) -m jupyter lab --notebook-dir nbs

@@ -6,8 +6,8 @@ python benchmarks/augment.py --device cuda --threads 1 --batch 16 --sizes 64 128
 
 Every column draws and applies a view of image and label for the whole batch. Rounds of a few calls each are interleaved, so that
 whatever else the machine does falls on all columns; the table gives medians over the rounds and the median of the per-round ratios.
-torchvision has no policy that takes a mask, so its columns are loops over the images with its v2 kernels, drawn and called as leanly
-as possible; uint8 is its fastest path. kornia shares one list of ops over the batch.
+torchvision's columns are loops over the images: "float" and "uint8" call its v2 kernels as leanly as possible with ops drawn by hand,
+"classes" uses its transform objects (its policies take no mask, so there is none for the view with geometry). kornia shares one list of ops over the batch.
 On a CPU with one thread the clock counts the thread's own time.
 """
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torchvision
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from semiseg_nb.augment import GEO, OPS, PHOTO, flip_crop, randaugment
@@ -94,6 +95,21 @@ def tv_weak(image, label):
     return torch.stack([x for x, _ in out]), torch.stack([y for _, y in out])
 
 
+class PhotoRandAugment(v2.RandAugment):
+    "torchvision's own class with its photometric ops only: with the others it has no way to move a label"
+    _AUGMENTATION_SPACE = {  # noqa: RUF012 - torchvision's own attribute
+        name: bins for name, bins in v2.RandAugment._AUGMENTATION_SPACE.items() if not name.startswith(("Shear", "Translate", "Rotate"))}
+
+
+def tv_classes(image, label, transform, with_label):
+    "torchvision's transform objects in a loop, as its documentation writes it"
+    out = []
+    for x, y in zip(image, label):
+        x, y = tv_tensors.Image(x), tv_tensors.Mask(y)
+        out.append(transform(x, y) if with_label else (transform(x), y))
+    return torch.stack([x for x, _ in out]), torch.stack([y for _, y in out])
+
+
 def columns(batch, size, device):
     "The rows of the table: name -> {column: function}"
     g = generator(0, "benchmark")
@@ -116,6 +132,10 @@ def columns(batch, size, device):
         else: loops = {"torchvision float": lambda ops=ops: tv_randaugment(image, label, ops),
                        "torchvision uint8": lambda ops=ops: tv_randaugment(image8, label, ops)}
         cells.update(loops)
+        affine = v2.RandomAffine(0, translate=(0.1, 0.1), scale=(0.8, 1.25), interpolation=v2.InterpolationMode.BILINEAR,
+                                 fill={tv_tensors.Image: FILL[0], tv_tensors.Mask: IGNORE})
+        transform = v2.Compose([v2.RandomHorizontalFlip(), affine]) if ops is None else PhotoRandAugment(2, 15)
+        if ops != PHOTO + GEO: cells["torchvision classes"] = lambda t=transform, weak=ops is None: tv_classes(image, label, t, weak)
         if kornia and ops == PHOTO + GEO:
             auto = AugmentationSequential(RandAugment(n=2, m=15), data_keys=["input", "mask"])
             cells["kornia"] = lambda auto=auto: auto(image, soft)
@@ -170,12 +190,12 @@ def main():
                    "times_faster": {c: round(median([b / o for b, o in zip(t, times["ours"])]), 2) for c, t in times.items() if c != "ours"}}
             rows.append(row)
     print(f"batch {a.batch}, {a.device}, {a.threads} thread(s), medians of {a.rounds} interleaved rounds; in brackets: ours is so many times faster")
-    names = ["ours", "torchvision float", "torchvision uint8", "kornia"]
-    print(f"{'view':40s} {'px':>4s}" + "".join(f"{n:>24s}" for n in names))
+    names = ["ours", "torchvision float", "torchvision uint8", "torchvision classes", "kornia"]
+    print(f"{'view':40s} {'px':>4s}" + "".join(f"{n:>21s}" for n in names))
     for r in rows:
         faster = {n: f" ({v:.1f}x)" for n, v in r["times_faster"].items()}
         cells = [f"{r['ms'][n]:.2f} ms" + faster.get(n, "") if n in r["ms"] else "-" for n in names]
-        print(f"{r['view']:40s} {r['size']:4d}" + "".join(f"{c:>24s}" for c in cells))
+        print(f"{r['view']:40s} {r['size']:4d}" + "".join(f"{c:>21s}" for c in cells))
     if a.record:
         name = torch.cuda.get_device_name() if a.device == "cuda" else platform.processor() or platform.machine()
         record = {"schema": 1, "benchmark": "augment", "batch": a.batch, "rounds": a.rounds, "calls_per_round": CALLS,

@@ -88,19 +88,22 @@ def both_branches(
     clock: Clock,
 ) -> tuple[Tensor, Tensor, dict]:  # logits of x, disagreement on u, statistics
     "The labelled and the unlabelled branch, from one forward pass of the network"
-    drawn = clock.draw(uda.weak, "weak", u)
-    x_w, valid = uda.weak.apply_image(u, drawn), uda.weak.valid(drawn, u.shape[-2:])
-    drawn = clock.draw(uda.strong, "strong", x_w)
+    # 2: the views and the boxes
+    drawn_w = clock.draw(uda.weak, "weak", u)
+    x_w, valid = uda.weak.apply_image(u, drawn_w), uda.weak.valid(drawn_w, u.shape[-2:])
+    drawn_s = clock.draw(uda.strong, "strong", x_w)
+    x_s = uda.strong.apply_image(x_w, drawn_s)
     box = clock_boxes(uda.mix, x_w, clock)
-    x_s = uda.strong.apply_image(x_w, drawn)
     x_s = cutmix(x_s, partner(x_s), box)
+    # 3 and 4: the teacher's opinion, and one pass of the network
     if uda.teacher == "ema":
         with torch.no_grad(): z_w = uda.ema(x_w)
         z, z_s = uda.net(torch.cat([x, x_s])).split([len(x), len(x_s)])
     else: z, z_w, z_s = uda.net(torch.cat([x, x_w, x_s])).split([len(x), len(x_w), len(x_s)])
+    # 5: target, trust and loss, all in the frame of the mixed strong view
     z_w = z_w.detach()
     target, belief = sharpen(z_w, uda.temperature), z_w.float().softmax(1).amax(1)
-    if uda.align: target, belief, valid = follow(uda.strong, drawn, target, belief, valid)
+    if uda.align: target, belief, valid = follow(uda.strong, drawn_s, target, belief, valid)
     target, belief, valid = (cutmix(t, partner(t), box) for t in (target, belief, valid))
     trusted = (belief > uda.threshold) & valid
     return z, consistency(z_s, target, trusted, valid), {"kept": trusted.sum() / valid.sum().clamp(min=1)}
@@ -134,16 +137,14 @@ class UDA(Method):
         one_of(tsa, ("off", "log", "linear", "exp"), "TSA schedule")
         for name, value, *ends in (("weight", weight, 0), ("temperature", temperature, 1e-6), ("mix", mix, 0, 1)): in_range(name, value, *ends)
         self.net, self.ema = net, EMA(net, ema_decay)
-        self.policies = labelled_views(views, task.mean, n, strength)
-        self.weak = flip_crop(fill=task.mean)
+        self.policies, self.weak = labelled_views(views, task.mean, n, strength), flip_crop(fill=task.mean)
         self.strong = strong or randaugment(n=n, strength=strength, ops=PHOTO, fill=task.mean)
         self.weight, self.threshold, self.temperature, self.warmup = weight, threshold, temperature, warmup
         self.tsa, self.teacher, self.mix, self.align = tsa, teacher, mix, align
         self.optimisers = {"net": torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)}
 
     def updates(self, lab, unl, clock):
-        x, y = view(lab, self.policies, clock)
-        losses = {}
+        (x, y), losses = view(lab, self.policies, clock), {}
         if self.weight == 0: z = self.net(x)
         else:
             z, disagreement, self.stats = both_branches(self, x, unl["image"], clock)
