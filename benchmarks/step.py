@@ -80,15 +80,19 @@ def measure(method, batches, accelerator, steps, first):
     return {part: watch.spent[part] / steps for part in PARTS}
 
 
-def ceiling(device, n=2048, rounds=5):
-    "The best FLOP/s of a matrix product in float32 (bfloat16 on a GPU)"
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+def ceiling(device, rounds=5):
+    "The best FLOP/s this device shows for big products in float32 (bfloat16 on a GPU): as a matrix product, and as a 3x3 convolution of 64 channels"
+    kind = {"device": device, "dtype": torch.bfloat16 if device.type == "cuda" else torch.float32}
+    a, b = torch.randn(2048, 2048, **kind), torch.randn(2048, 2048, **kind)
+    x = torch.randn(8, 64, 64, 64, **kind).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(64, 64, 3, 3, **kind).contiguous(memory_format=torch.channels_last)
+    products = ((2 * 2048**3, lambda: a @ b), (2 * 8 * 64 * 64 * 64 * 64 * 9, lambda: torch.nn.functional.conv2d(x, w, padding=1)))
     best = 0.0
-    for _ in range(rounds):
+    for flops, product in products * rounds:
         start = time.perf_counter()
-        a @ a
+        product()
         if device.type == "cuda": torch.cuda.synchronize()
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+        best = max(best, flops / (time.perf_counter() - start))
     return best
 
 
