@@ -195,6 +195,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'semiseg_nb.engine.device_name': ('engine.html#device_name', 'semiseg_nb/engine.py'),
                                    'semiseg_nb.engine.evaluate': ('engine.html#evaluate', 'semiseg_nb/engine.py'),
                                    'semiseg_nb.engine.fit': ('engine.html#fit', 'semiseg_nb/engine.py'),
+                                   'semiseg_nb.engine.hyperparameters': ('engine.html#hyperparameters', 'semiseg_nb/engine.py'),
                                    'semiseg_nb.engine.load_checkpoint': ('engine.html#load_checkpoint', 'semiseg_nb/engine.py'),
                                    'semiseg_nb.engine.load_weights': ('engine.html#load_weights', 'semiseg_nb/engine.py'),
                                    'semiseg_nb.engine.make_accelerator': ('engine.html#make_accelerator', 'semiseg_nb/engine.py'),

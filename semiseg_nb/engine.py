@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Clock', 'Method', 'optimise', 'average_gradients', 'evaluate', 'make_accelerator', 'Run', 'peak_memory_mb',
            'device_name', 'rng_state', 'set_rng_state', 'save_checkpoint', 'load_checkpoint', 'NonFiniteLoss', 'Log',
-           'one_step', 'Keeper', 'fit', 'check_settings', 'prepare', 'pairs', 'current_lr', 'check_finite', 'one_line',
-           'save_weights', 'load_weights']
+           'one_step', 'Keeper', 'fit', 'check_settings', 'hyperparameters', 'prepare', 'pairs', 'current_lr',
+           'check_finite', 'one_line', 'save_weights', 'load_weights']
 
 # %% ../nbs/07_engine.ipynb #imports
 import json
@@ -335,7 +335,7 @@ def fit(
     accelerator = accelerator or make_accelerator()
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     settings = {"method": type(method).__name__, "steps": steps, "batch_size": batch_size, "unlabelled_batch": unlabelled_batch,
-                "seed": seed, "split_id": task.split_id, "processes": world}
+                "seed": seed, "split_id": task.split_id, "processes": world} | hyperparameters(method)
     run, path = Run(steps, seed, batch_size, device=device_name(device)), Path(out_dir) / "checkpoint.pt" if out_dir else None
     prepare(method, accelerator)
     seed_everything(seed + 7919 * rank)
@@ -364,6 +364,11 @@ def check_settings(steps, batch_size, unlabelled_batch, eval_every, checkpoint_e
         if value is None and name not in ("steps", "batch_size"): continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{name} is {value!r}, but it should be a whole number of at least 1.")
+
+
+def hyperparameters(method: Method) -> dict:
+    "The plain public attributes of a method (weight, threshold, ...): a resumed run must have the same"
+    return {k: v for k, v in vars(method).items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_") and k != "training"}
 
 
 def prepare(method: Method, accelerator: Accelerator) -> None:

@@ -49,12 +49,12 @@ class Broken(UDA):
     "Does something bad at one step"
     def __init__(self, *args, at=7, do=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.at, self.do = at, do
+        self._at, self._do = at, do
 
     def updates(self, lab, unl, clock):
-        if clock.step == self.at and self.do: self.do()
+        if clock.step == self._at and self._do: self._do()
         for name, losses in super().updates(lab, unl, clock):
-            if clock.step == self.at and not self.do: losses["consistency"] = losses["consistency"] + float("nan")
+            if clock.step == self._at and not self._do: losses["consistency"] = losses["consistency"] + float("nan")
             yield name, losses
 
 
@@ -141,6 +141,8 @@ def test_a_full_disk_keeps_the_older_checkpoint(task, tmp_path, monkeypatch):
 def test_the_checkpoint_of_another_run_or_a_truncated_one_is_refused(task, tmp_path):
     quiet(small(task), task, 4, out_dir=tmp_path)
     with pytest.raises(UserError, match=r"belongs to a run with seed = 0, but this one has seed = 1"): quiet(small(task), task, 4, out_dir=tmp_path, seed=1)
+    with pytest.raises(UserError, match=r"belongs to a run with threshold = 0.8, but this one has threshold = 0.9"):
+        quiet(small(task, threshold=0.9), task, 4, out_dir=tmp_path)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="is not a whole checkpoint"): quiet(small(task), task, 4, out_dir=tmp_path)
