@@ -384,7 +384,7 @@ def prepare(method: Method, accelerator: Accelerator) -> None:
     for optimiser in method.optimisers.values():
         for group in optimiser.param_groups: group.setdefault("initial_lr", group["lr"])
 
-
+# %% ../nbs/07_engine.ipynb #fit-pairs
 def pairs(method, task, batch_size, unlabelled_batch, seed, start, rank, world, workers, device) -> Iterator[tuple[dict, dict | None]]:
     "Endless pairs of a labelled and an unlabelled batch; no unlabelled one for a method that has no use for it"
     labelled = loader(task.labelled, batch_size, seed, start, rank, world, workers, device)
