@@ -37,6 +37,7 @@ def arguments():
     p.add_argument("--score-on", default="val", choices=("val", "tune"), help="choose settings on tune, report on val")
     p.add_argument("--data", action="append", default=[], metavar="NAME=VALUE", help="more arguments of load_task, e.g. crop=128")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="arguments of the method, e.g. threshold=0.8")
+    p.add_argument("--variant", help="name of this variant in an ablation, written into the record")
     p.add_argument("--out", default="results", help="folder for records")
     p.add_argument("--work", help="folder for checkpoints: the run can be interrupted and goes on from there")
     p.add_argument("--save", help="file for the final weights (safetensors)")
@@ -64,7 +65,7 @@ def main(a):
     run = fit(method, task, a.steps, a.batch_size, a.unlabelled_batch, seed=a.seed, eval_every=a.eval_every, eval_on=on,
               out_dir=a.work, checkpoint_every=a.eval_every)
     params = {"width": a.width, "unlabelled_batch": a.unlabelled_batch or a.batch_size, "split_seed": a.split_seed, "scored_on": a.score_on,
-              **data, **settings_of(METHODS[a.method], **chosen)}
+              **({"variant": a.variant} if a.variant else {}), **data, **settings_of(METHODS[a.method], **chosen)}
     rows = {a.method: run.result}
     if a.method == "supervised":
         name = "supervised_strong" if chosen.get("views") == "strong" else "supervised"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPS', 'PHOTO', 'GEO', 'ERASE', 'Op', 'from_tv_bin', 'from_tf_level', 'Params', 'fixed', 'fixed_matrix', 'Slot',
-           'Policy', 'identity', 'flip_crop', 'randaugment', 'autoaugment', 'cutmix_boxes', 'cutmix']
+           'Policy', 'identity', 'flip_crop', 'randaugment', 'autoaugment', 'cutmix_boxes', 'cutmix', 'partner']
 
 # %% ../nbs/03_augment.ipynb #imports
 import math
@@ -535,3 +535,8 @@ def cutmix(
         raise UserError(f"The box is {box.dtype} of shape {tuple(box.shape)}: give bool {(len(a), *a.shape[-2:])}.")
     box = box.to(a.device, non_blocking=True)
     return torch.where(box.view(len(a), *[1] * (a.dim() - 3), *a.shape[-2:]), b, a)
+
+
+def partner(x: Tensor) -> Tensor:
+    "Another image of the batch for every image: neighbours swap; in an odd batch everybody takes the one before"
+    return x.roll(1, 0) if len(x) % 2 else x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

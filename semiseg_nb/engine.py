@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import UserError, atomic_write, generator, one_of, poly, seed_everything
+from .augment import cutmix_boxes
+from .core import UserError, atomic_write, generator, one_of, poly, ramp, seed_everything
 from .data import loader, one_pass
 from .metrics import SegmentationMetrics
 
@@ -60,6 +61,16 @@ class Clock:
         n = len(images)
         drawn = policy.sample(n * self.world, images.shape[-2:], self.rng(stream))
         return drawn[self.rows(n)].to(images.device)
+
+    def boxes(self, images: Tensor, part: float = 1.0, stream: str = "cutmix") -> Tensor:
+        "CutMix boxes, (B,H,W) bool, for these images, (B,3,H,W); only `part` of the images gets one"
+        n, rng = len(images) * self.world, self.rng(stream)
+        boxes = cutmix_boxes(n, images.shape[-2:], rng) & (torch.rand(n, 1, 1, generator=rng) < part)
+        return boxes[self.rows(len(images))].to(images.device)
+
+    def ramp(self, part: float, kind: str = "linear") -> float:
+        "A weight that grows over the first `part` of training and stays at its end (a key of `RAMPS`)"
+        return ramp(self.fraction / part if part > 0 else 1.0, kind)
 
 # %% ../nbs/07_engine.ipynb #method
 class Method(nn.Module):

@@ -42,7 +42,11 @@ def settings_of(
     **chosen,  # what differs from its defaults
 ) -> dict:
     "Every setting of a method that a record should hold: what was chosen, and the defaults of the rest"
-    wanted = {n: p.default for n, p in inspect.signature(method_class.__init__).parameters.items() if p.default is not p.empty}
+    wanted = {}
+    for cls in method_class.__mro__:  # `**labelled` hands the rest to the class below
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        wanted = {p.name: p.default for p in parameters if p.default is not p.empty} | wanted
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters): break
     for name in chosen: one_of(name, wanted, f"setting of {method_class.__name__}")
     return {n: getattr(v, "name", v) for n, v in (wanted | chosen).items() if v is not None}
 

@@ -59,11 +59,21 @@ class Supervised(Method):
         super().__init__()
         self.net, self.ema = net, EMA(net, ema_decay)
         self.policies = labelled_views(views, task.mean, n, strength)
+        self.weak, self.strong = flip_crop(fill=task.mean), randaugment(n=n, strength=strength, fill=task.mean)
         self.optimisers = {"net": torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)}
 
     def updates(self, lab, unl, clock):
         x, y = view(lab, self.policies, clock)
         yield "net", {"supervised": cross_entropy(self.net(x), y)}
         self.ema.update(self.net)
+
+    def weak_view(self, u: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
+        "Unlabelled images (B,3,H,W) flipped, zoomed and shifted, and which of their pixels are image: (B,H,W) bool"
+        drawn = clock.draw(self.weak, "weak", u)
+        return self.weak.apply_image(u, drawn), self.weak.valid(drawn, u.shape[-2:])
+
+    def strong_view(self, x_w: Tensor, clock: Clock, stream: str = "strong") -> Tensor:
+        "The weak view with photometric operations on top, drawn from the named stream: the same pixels in the same places"
+        return self.strong.apply_image(x_w, clock.draw(self.strong, stream, x_w))
 
     def predict(self, x): return self.ema(x)

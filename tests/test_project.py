@@ -25,14 +25,14 @@ FLOORS = {
     0: ["core"],
     1: ["scenes", "data", "augment", "models", "losses", "metrics", "viz"],
     2: ["engine", "records"],
-    3: ["supervised", "uda"],
-    4: ["leaderboard"],
+    3: ["supervised"],  # the baseline, and the base class of every method with one network
+    4: ["uda"],
+    5: ["leaderboard"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("data", "scenes"),  # scenes are one of the data sets
     ("records", "engine"),  # a record is made from a run
-    ("uda", "supervised"),  # the labelled half of the step is the baseline's
 }
 IMPORT_NAMES = {"pillow": "PIL", "segmentation-models-pytorch": "segmentation_models_pytorch", "huggingface-hub": "huggingface_hub"}
 LAZY = {"viz": {"IPython", "ipywidgets"}}  # imported inside the function that shows sliders; `import semiseg_nb.viz` needs neither

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from semiseg_nb.augment import flip_crop, identity, randaugment
+from semiseg_nb.augment import flip_crop, identity, partner, randaugment
 from semiseg_nb.core import UserError, generator, seed_everything
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import Clock, fit
-from semiseg_nb.losses import consistency, cross_entropy
+from semiseg_nb.losses import confident, consistency, cross_entropy
 from semiseg_nb.models import UNet
 from semiseg_nb.supervised import Supervised
-from semiseg_nb.uda import UDA, annealed_labels, confident, follow, partner, sharpen, tsa_threshold
+from semiseg_nb.uda import UDA, annealed_labels, follow, sharpen, tsa_threshold
 
 
 @pytest.fixture(scope="module")
