@@ -26,7 +26,7 @@ FLOORS = {
     1: ["scenes", "data", "augment", "models", "losses", "metrics", "viz"],
     2: ["engine", "records"],
     3: ["supervised"],  # the baseline, and the base class of every method with one network
-    4: ["uda"],
+    4: ["uda", "temporal", "cct", "unimatch"],
     5: ["leaderboard"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
