@@ -2,7 +2,9 @@
 
 A step is timed as the engine runs it. Its parts are timed inside the same steps: waiting for data, drawing and applying views, forward passes
 with losses, backward, optimiser, weight average, and the engine's own bookkeeping. Methods take turns, so that a machine that slows down slows all of them.
-FLOPs are counted by PyTorch and set against the fastest float32 matrix product of this machine, measured between the rounds.
+FLOPs are counted by PyTorch and set against the fastest float32 matrix product of this machine, measured between the rounds. Their ratio to those of
+the supervised step ("passes") is what the forward and backward passes of a method must cost; "beyond" is how much more the step costs than that.
+Peak memory is what the tensors of one step take at most, beyond weights and optimiser, as PyTorch's allocator reports it.
 """
 import argparse
 import json
@@ -10,6 +12,7 @@ import statistics
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,15 +20,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from semiseg_nb import engine
 from semiseg_nb.augment import Policy
+from semiseg_nb.cct import CCT
 from semiseg_nb.core import EMA, atomic_write, seed_everything
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import Clock, device_name, fit, make_accelerator, one_step, pairs, prepare
 from semiseg_nb.models import build_model
 from semiseg_nb.records import commit, versions
 from semiseg_nb.supervised import Supervised
+from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling
 from semiseg_nb.uda import UDA
+from semiseg_nb.unimatch import CPS, ClassMix, CutMixSeg, FixMatch, UniMatch, UniMatchV2
 
-METHODS = {"supervised": Supervised, "uda": UDA}
+K = {4: "f_noise,f_drop,dropout,con_msk", 10: "f_noise:2,f_drop:2,dropout:2,con_msk:1,obj_msk:1,g_cutout:1,i_vat:1",
+     30: "f_noise:6,f_drop:6,dropout:6,con_msk:2,obj_msk:2,g_cutout:6,i_vat:2"}  # 30 as in the authors' configuration
+METHODS = {
+    "supervised": Supervised, "uda": UDA, "temporal": TemporalEnsembling, "mean_teacher": MeanTeacher, "cutmix": CutMixSeg, "classmix": ClassMix,
+    "fixmatch": FixMatch, "cps": CPS, "unimatch": UniMatch, "unimatch_v2": UniMatchV2,
+    **{f"cct K={k}{', one by one' if saver else ''}": partial(CCT, kinds=kinds, saver=saver) for k, kinds in K.items() for saver in (False, True)},
+}
 PARTS = ("data", "views", "forward", "backward", "optimiser", "average", "rest")
 
 
@@ -103,6 +115,20 @@ def flops_of(method, batches, accelerator):
     return counter.get_total_flops()
 
 
+def peak_memory(method, batches, accelerator):
+    "Largest sum of what one step has allocated and not yet freed, in MB"
+    lab, unl = next(batches)
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[getattr(activity, accelerator.device.type.upper())], profile_memory=True) as profiler:
+        one_step(method, lab, unl, Clock(10**5, 10**6), accelerator)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = top = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        top = max(top, now)
+    return top / 2**20
+
+
 def engine_overhead(method, task, accelerator, steps):
     "Seconds per step of `fit` itself, logging included"
     return fit(method, task, steps, eval_on=False, progress=False, accelerator=accelerator).seconds / steps
@@ -115,14 +141,15 @@ def main(a):
     task = load_task("scenes", n_labelled=12, size=a.size)
     runs = {}
     for model, width in a.models:
-        for name, make in METHODS.items():
+        for name in a.methods:
             seed_everything(0)
-            method = make(build_model(model, task.n_classes, width=width, mean=task.mean), task, views="strong")
+            method = METHODS[name](build_model(model, task.n_classes, width=width, mean=task.mean), task, views="strong")
             prepare(method, accelerator)
             batches = pairs(method, task, a.batch_size, None, 0, 0, 0, 1, 0, device)
             method.train()
             measure(method, batches, accelerator, 3, 10**5)                      # warm up
-            runs[model, width, name] = (method, batches, flops_of(method, batches, accelerator), [], [])
+            counts = flops_of(method, batches, accelerator), peak_memory(method, batches, accelerator)
+            runs[model, width, name] = (method, batches, counts, [], [])
     tops = []
     for _ in range(a.rounds):
         for method, batches, _, parts, whole in runs.values():
@@ -130,12 +157,13 @@ def main(a):
             whole.append(engine_overhead(method, task, accelerator, a.steps))
         tops.append(ceiling(device))
     top = max(tops)
-    rows = [row(key, run, runs[key[0], key[1], "supervised"][3], top) for key, run in runs.items()]
+    rows = [row(key, run, runs[key[0], key[1], "supervised"], top) for key, run in runs.items()]
     print(f"{device_name(device)}, batch {a.batch_size} + {a.batch_size}, {a.size} px, {a.rounds} rounds of {a.steps} steps,",
           f"ceiling {top / 1e9:.0f} GFLOP/s; milliseconds")
-    head = ("model", "method", *PARTS, "step", "fit", "outside", "x superv.", "GFLOP", "of ceiling")
+    head = ("model", "method", *PARTS, "step", "fit", "outside", "x superv.", "passes", "beyond", "MB", "of ceiling")
     lines = [[r["model"], r["method"], *(f"{r['ms'][p]:.2f}" for p in PARTS), f"{r['step_ms']:.1f}", f"{r['fit_ms']:.1f}",
-              f"{r['outside_forward_backward']:.1%}", f"{r['over_supervised']:.2f}", f"{r['gflop']:.2f}", f"{r['share_of_ceiling']:.1%}"] for r in rows]
+              f"{r['outside_forward_backward']:.1%}", f"{r['over_supervised']:.2f}", f"{r['passes']:.2f}", f"{r['beyond_passes']:+.0%}",
+              f"{r['peak_mb']:.0f}", f"{r['share_of_ceiling']:.1%}"] for r in rows]
     widths = [max(map(len, column)) + 2 for column in zip(head, *lines)]
     for line in (head, *lines): print("".join(cell.rjust(w) for cell, w in zip(line, widths)))
     if not a.record: return
@@ -147,7 +175,8 @@ def main(a):
 
 def row(key, run, supervised, top):
     "Medians over the rounds for one model and method"
-    (model, width, name), (_, _, flops, parts, whole) = key, run
+    (model, width, name), (_, _, (flops, peak), parts, whole) = key, run
+    _, _, (baseline_flops, baseline_peak), baseline, _ = supervised
     ms = {p: 1000 * statistics.median(r[p] for r in parts) for p in PARTS}
     totals = [sum(r.values()) for r in parts]
     return {
@@ -155,7 +184,9 @@ def row(key, run, supervised, top):
         "step_ms": round(1000 * statistics.median(totals), 2), "fit_ms": round(1000 * statistics.median(whole), 2),
         "outside_forward_backward": round(statistics.median(1 - (r["forward"] + r["backward"]) / t for r, t in zip(parts, totals)), 4),
         "data_share": round(statistics.median(r["data"] / t for r, t in zip(parts, totals)), 4),
-        "over_supervised": round(statistics.median(t / sum(b.values()) for t, b in zip(totals, supervised)), 3),
+        "over_supervised": round(over := statistics.median(t / sum(b.values()) for t, b in zip(totals, baseline)), 3),
+        "passes": round(flops / baseline_flops, 3), "beyond_passes": round(over * baseline_flops / flops - 1, 4),
+        "peak_mb": round(peak, 2), "peak_over_supervised": round(peak / baseline_peak, 3),
         "gflop": round(flops / 1e9, 3), "share_of_ceiling": round(statistics.median(flops / t for t in totals) / top, 4),
     }
 
@@ -173,5 +204,6 @@ if __name__ == "__main__":
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--models", type=models, default=models("unet:8,unet:16,deeplabv3:16"), help="name:width,...")
+    p.add_argument("--methods", type=lambda text: text.split(";"), default=list(METHODS), help="name;name;..., supervised among them")
     p.add_argument("--record", action="store_true", help="write results/benchmarks/step-<device>-<size>.json")
     main(p.parse_args())

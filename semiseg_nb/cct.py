@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'TEN', 'f_noise', 'dropout', 'f_drop', 'objects_of', 'shrunk', 'con_msk', 'obj_msk', 'object_boxes',
            'sub_boxes', 'g_cutout', 'i_vat', 'vat_direction', 'unit', 'parse_kinds', 'Strengths', 'Guide', 'perturb',
-           'Upsampler', 'icnr_', 'DecoderCopy', 'pruned', 'make_decoders', 'joint', 'one_by_one', 'Given',
-           'bootstrap_threshold', 'bootstrapped', 'both_branches', 'auxiliary', 'CCT', 'CAMNet', 'Tagger', 'cams',
-           'pseudo_masks']
+           'LightDecoder', 'DecoderCopy', 'pruned', 'make_decoders', 'distance', 'bootstrap_threshold', 'bootstrapped',
+           'joint', 'one_by_one', 'Given', 'both_branches', 'auxiliary', 'CCT', 'CAMNet', 'Tagger', 'cams',
+           'pseudo_masks', 'all_pseudo_masks', 'CCTWeak']
 
 # %% ../nbs/13_cct.ipynb #imports
 import copy
@@ -22,10 +22,11 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from .augment import cutmix, flip_crop, partner, randaugment
-from .core import IGNORE, UserError, in_range, one_of, ramp
+from .core import IGNORE, UserError, in_range, one_of, ramp, seed_everything
+from .data import one_pass
 from .engine import Clock, Method, fit
 from .losses import confident, consistency, cross_entropy, divergence
-from .models import conv_bn_relu
+from .models import Upsampler, conv_bn_relu
 from .supervised import Supervised, view
 
 # %% ../nbs/13_cct.ipynb #f-noise
@@ -180,7 +181,7 @@ class Strengths(NamedTuple):
     xi: float = 0.1  # I-VAT: length of the probe (the authors use 1e-6)
     eps: float = 2.0  # I-VAT: length of the disturbance
 
-
+# %% ../nbs/13_cct.ipynb #guide
 class Guide:
     "What the guided perturbations know of the main decoder's answer"
 
@@ -225,37 +226,16 @@ def perturb(
     boxes = guide.boxes()
     return g_cutout(e, sub_boxes(boxes, torch.rand(len(boxes), 2, generator=guide.rng), s.erase), size)
 
-# %% ../nbs/13_cct.ipynb #upsampler
-class Upsampler(nn.Module):
-    "The light decoder: 1x1 convolution to C channels, then stride-doubling by PixelShuffle until the image's size is reached"
+# %% ../nbs/13_cct.ipynb #light-decoder
+class LightDecoder(Upsampler):
+    "The paper's auxiliary decoder: it reads the coarsest map of the encoder and nothing else"
 
-    def __init__(
+    def forward(
         self,
-        c_in: int,  # channels of the coarsest map
-        n_classes: int,
-        stride: int,  # of that map, a power of 2
-        faithful: bool = False,  # True: keep the last ReLU, as in the authors' code; logits are then at least 0
-    ):
-        super().__init__()
-        blocks = int(math.log2(stride))
-        if 2**blocks != stride: raise UserError(f"The coarsest map has stride {stride}, but the light decoder doubles: it needs a power of 2.")
-        layers = [nn.Conv2d(c_in, n_classes, 1, bias=False)]
-        for i in range(blocks):
-            layers += [nn.Conv2d(n_classes, 4 * n_classes, 1), nn.ReLU(), nn.PixelShuffle(2)]
-            icnr_(layers[-3].weight)
-            if i == blocks - 1 and not faithful: del layers[-2]
-        self.net = nn.Sequential(*layers)
-
-    def forward(self, maps: list, size) -> Tensor:
-        z = self.net(maps[-1])
-        return z[..., :size[0], :size[1]]  # an odd size was rounded up on the way down
-
-
-@torch.no_grad()
-def icnr_(weight: Tensor) -> None:
-    "ICNR: the four output channels that a PixelShuffle puts side by side start out equal, so there is no chessboard"
-    one = nn.init.kaiming_normal_(torch.empty_like(weight[::4]))
-    weight.copy_(one.repeat_interleave(4, 0))
+        maps: list,  # of the encoder, finest first
+        size,  # (H,W) of the image
+    ) -> Tensor:  # logits (B,C,H,W)
+        return super().forward(maps[-1])[..., :size[0], :size[1]]  # an odd size was rounded up on the way down
 
 # %% ../nbs/13_cct.ipynb #decoder-copy
 class DecoderCopy(nn.Module):
@@ -268,7 +248,7 @@ class DecoderCopy(nn.Module):
     ):
         super().__init__()
         self.net = pruned(copy.deepcopy(net), used)
-        for m in self.net.modules():
+        for m in reversed(list(self.net.modules())):  # the whole after its parts
             if hasattr(m, "reset_parameters"): m.reset_parameters()
 
     def forward(self, maps: list, size) -> Tensor: return self.net.decode(maps, size)
@@ -286,8 +266,8 @@ def pruned(module: nn.Module, used: set, prefix: str = "") -> nn.Module:
 def make_decoders(
     net: nn.Module,  # a `Segmenter`
     n: int,  # how many
-    form: str = "light",  # "light": `Upsampler` of the coarsest map; "copy": the network's own decoder, fresh
-    faithful: bool = False,  # see `Upsampler`
+    form: str = "light",  # "light": the paper's, from the coarsest map; "copy": the network's own decoder, fresh
+    faithful: bool = False,  # light: logits are at least 0, as in the authors' code
 ) -> nn.ModuleList:
     "Auxiliary decoders that fit a network; raises `UserError` for another form"
     one_of(form, ("light", "copy"), "decoders")
@@ -301,7 +281,42 @@ def make_decoders(
         used = {name for (name, _), g in zip(net.named_parameters(), grads) if g is not None}
         return nn.ModuleList(DecoderCopy(net, used) for _ in range(n))
     c_in, stride = features[-1].shape[1], round(x.shape[-1] / features[-1].shape[-1])
-    return nn.ModuleList(Upsampler(c_in, z.shape[1], stride, faithful) for _ in range(n))
+    return nn.ModuleList(LightDecoder(c_in, z.shape[1], stride, faithful) for _ in range(n))
+
+# %% ../nbs/13_cct.ipynb #distance
+def distance(
+    z_k: Tensor,  # (B,C,H,W) logits of an auxiliary decoder
+    q: Tensor,  # (B,C,H,W) probabilities of the main decoder
+    trust: Tensor | None,  # (B,H,W) bool; None: everywhere
+    valid: Tensor,  # (B,H,W) bool
+    kind: str = "mse",  # "mse" | "kl" | "js"
+    stop_gradient: bool = True,  # False: q learns as well, the deliberate mistake
+) -> Tensor:  # scalar: sum over classes, mean over the valid pixels
+    "How far an auxiliary decoder is from the main one"
+    if stop_gradient: return consistency(z_k, q, trust, valid, kind)
+    value = divergence(z_k, q, kind)
+    return torch.where(valid if trust is None else valid & trust, value, 0).sum() / valid.sum().clamp(min=1)
+
+# %% ../nbs/13_cct.ipynb #abce
+def bootstrap_threshold(
+    fraction: float,  # part of training that has passed
+    n_classes: int,
+) -> float:  # from 1/C to nearly 0.9
+    "Labelled pixels that are believed more than this are left out: it rises over the first 40 % of training"
+    return 1 / n_classes + (0.9 - 1 / n_classes) * ramp(fraction / 0.4, "log")
+
+
+def bootstrapped(
+    logits: Tensor,  # (B,C,H,W)
+    labels: Tensor,  # (B,H,W), 255 unknown
+    threshold: float,  # see `bootstrap_threshold`
+    at_least: int = 1,  # pixels per image that are kept in any case: the least believed ones of the batch
+) -> Tensor:  # (B,H,W): 255 where the pixel is left out
+    "The labels of ab-CE: only pixels whose true class is not yet believed"
+    belief = logits.detach().float().softmax(1).gather(1, labels.clamp(max=logits.shape[1] - 1)[:, None])[:, 0]
+    belief = torch.where(labels == IGNORE, 2.0, belief)
+    hardest = belief.flatten().topk(min(at_least * len(belief), belief.numel()), largest=False).values[-1]
+    return torch.where((belief < threshold) | (belief <= hardest), labels, IGNORE)
 
 # %% ../nbs/13_cct.ipynb #saver
 def joint(
@@ -337,27 +352,6 @@ class Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, up): return None, None, *(None if g is None else g * up for g in ctx.grads)
-
-# %% ../nbs/13_cct.ipynb #abce
-def bootstrap_threshold(
-    fraction: float,  # part of training that has passed
-    n_classes: int,
-) -> float:  # from 1/C to nearly 0.9
-    "Labelled pixels that are believed more than this are left out: it rises over the first 40 % of training"
-    return 1 / n_classes + (0.9 - 1 / n_classes) * ramp(fraction / 0.4, "log")
-
-
-def bootstrapped(
-    logits: Tensor,  # (B,C,H,W)
-    labels: Tensor,  # (B,H,W), 255 unknown
-    threshold: float,  # see `bootstrap_threshold`
-    at_least: int = 1,  # pixels per image that are kept in any case: the least believed ones of the batch
-) -> Tensor:  # (B,H,W): 255 where the pixel is left out
-    "The labels of ab-CE: only pixels whose true class is not yet believed"
-    belief = logits.detach().float().softmax(1).gather(1, labels.clamp(max=logits.shape[1] - 1)[:, None])[:, 0]
-    belief = torch.where(labels == IGNORE, 2.0, belief)
-    hardest = belief.flatten().topk(min(at_least * len(belief), belief.numel()), largest=False).values[-1]
-    return torch.where((belief < threshold) | (belief <= hardest), labels, IGNORE)
 
 # %% ../nbs/13_cct.ipynb #branches
 def both_branches(
@@ -395,20 +389,20 @@ def auxiliary(cct: "CCT", maps, z_m, valid, pseudo, size, clock) -> tuple[Tensor
     rng = torch.Generator(valid.device).manual_seed(int(torch.randint(2**62, (), generator=host)))
     guide = Guide(z_m, cct.foreground, host, "g_cutout" in cct.each)
     trust = confident(z_m.detach(), cct.threshold) if cct.threshold > 0 else None
-    seen = {}
+    q, seen = z_m.float().softmax(1), {}
     def loss_of(k, shared):
-        *maps, z_m = shared
+        *maps, q = shared
         kind, decoder = cct.each[k], cct.decoders[k]
         disturbed = [perturb(kind, e, guide, lambda e: decoder([*maps[:-1], e], size), cct.strengths, rng)
                      if kind != "i_vat" or e is maps[-1] else e for e in maps]
         z_k = decoder(disturbed, size)
-        loss_u = cct.distance(z_k, z_m.float().softmax(1), trust, valid)
+        loss_u = distance(z_k, q, trust, valid, cct.kind, cct.stop_gradient)
         seen.setdefault(kind, []).append(loss_u.detach())
         if pseudo is None: return w_u / K * loss_u
         loss_w = cross_entropy(z_k, pseudo)
         seen.setdefault("weak", []).append(loss_w.detach())
         return w_u / K * loss_u + w_w / K * loss_w
-    shared = [*(maps if cct.form == "copy" else maps[-1:]), z_m]
+    shared = [*(maps if cct.form == "copy" else maps[-1:]), q]
     loss = (one_by_one if cct.saver else joint)(loss_of, cct.decoders, shared)
     return loss, {name: torch.stack(values).mean() for name, values in seen.items()}
 
@@ -421,7 +415,7 @@ class CCT(Supervised):
         self,
         net: nn.Module,  # a `Segmenter`
         task,  # a `Task`
-        weight: float = 30 / 21,  # w_u, per pixel: the published 30 is a mean over 21 classes
+        weight: float = 1.43,  # w_u, per pixel: the published 30 is a mean over 21 classes
         ramp_up: float = 0.1,  # part of training in which the weight rises
         kinds: str = TEN,  # perturbations and how many decoders each has
         kind: str = "mse",  # "mse" | "kl" | "js"
@@ -430,7 +424,7 @@ class CCT(Supervised):
         student_view: str = "weak",  # what the encoder sees of unlabelled images: "weak" | "strong"
         mix: float = 0.0,  # part of the unlabelled images that get a CutMix box (not in the paper)
         decoders: str = "light",  # "light" | "copy", see `make_decoders`
-        faithful: bool = False,  # see `Upsampler`
+        faithful: bool = False,  # light: logits are at least 0, as in the authors' code
         supervised_loss: str = "ce",  # "ce" | "abce"
         foreground=None,  # class ids that are objects; None: all but class 0
         stop_gradient: bool = True,  # False lets the main decoder follow the auxiliary ones: a deliberate mistake
@@ -449,19 +443,14 @@ class CCT(Supervised):
         self.student_view, self.mix, self.supervised_loss, self.stop_gradient = student_view, mix, supervised_loss, stop_gradient
         self.saver, self.weak_weight, self.form, self.kinds, self.faithful = saver, weak_weight, decoders, kinds, faithful
         self.each = sorted(parse_kinds(kinds), key="g_cutout".__eq__)  # G-Cutout last: its boxes come from the CPU meanwhile
+        for name in strengths or {}: one_of(name, Strengths._fields, "strength")
         self.strengths = Strengths(**(strengths or {}))
         self.decoders = make_decoders(net, len(self.each), decoders, faithful)
         self.optimisers["net"].add_param_group({"params": list(self.decoders.parameters())})
-        table = torch.zeros(task.n_classes, dtype=torch.bool)
-        table[list(range(1, task.n_classes)) if foreground is None else list(foreground)] = True
-        self.register_buffer("foreground", table, persistent=False)
+        objects = range(1, task.n_classes) if foreground is None else foreground
+        for c in objects: one_of(c, range(task.n_classes), "foreground class")
+        self.register_buffer("foreground", torch.tensor([c in objects for c in range(task.n_classes)]), persistent=False)
         self.register_buffer("pseudo", pseudo, persistent=False)
-
-    def distance(self, z_k, q, trust, valid) -> Tensor:
-        "Between a decoder's logits and the target probabilities, mean over the valid pixels"
-        if self.stop_gradient: return consistency(z_k, q, trust, valid, self.kind)
-        value = divergence(z_k, q, self.kind)  # the deliberate mistake: q keeps its gradient
-        return torch.where(valid, value, 0).sum() / valid.sum().clamp(min=1)
 
     def updates(self, lab, unl, clock):
         (x, y), losses = view(lab, self.policies, clock), {}
@@ -480,22 +469,23 @@ class CAMNet(nn.Module):
         n_classes: int,
         width: int = 16,  # channels of the first block
         mean=(0.5, 0.5, 0.5),  # of the training images
-        body: nn.Module | None = None,  # images to features (B,d,h,w); None: five convolutions, stride 4
-        channels: int | None = None,  # d, of a given body
+        pool: float = 0.25,  # a tag is the mean over this part of its map, the highest values; 1 is the paper's mean over all
     ):
         super().__init__()
-        w = width
+        in_range("pool", pool, 1e-6, 1)
+        w, self.pool = width, pool
         self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1))
-        self.body = body or nn.Sequential(conv_bn_relu(3, w), conv_bn_relu(w, 2 * w, stride=2), conv_bn_relu(2 * w, 2 * w),
-                                          conv_bn_relu(2 * w, 4 * w, stride=2), conv_bn_relu(4 * w, 4 * w))
-        self.head = nn.Conv2d(channels or 4 * w, n_classes, 1, bias=False)
+        self.body = nn.Sequential(conv_bn_relu(3, w), conv_bn_relu(w, 2 * w, stride=2), conv_bn_relu(2 * w, 2 * w),
+                                  conv_bn_relu(2 * w, 4 * w, stride=2), conv_bn_relu(4 * w, 4 * w))
+        self.head = nn.Conv2d(4 * w, n_classes, 1, bias=False)
 
     def maps(self, x: Tensor) -> Tensor:
         "Class activation maps (B,C,h,w)"
         return self.head(self.body((x - self.mean) * 4))
 
     def forward(self, x: Tensor) -> Tensor:  # (B,C) logits of the tags
-        return self.maps(x).mean((2, 3))
+        values = self.maps(x).flatten(2)
+        return values.topk(math.ceil(self.pool * values.shape[2]), 2).values.mean(2)
 
 # %% ../nbs/13_cct.ipynb #tagger
 class Tagger(Method):
@@ -504,12 +494,15 @@ class Tagger(Method):
     def __init__(
         self,
         task,  # a `Task` whose unlabelled images carry tags
-        net: nn.Module | None = None,  # None: a small `CAMNet`
+        pool: float = 0.25,  # see `CAMNet`
+        seed: int = 0,  # of the initial weights
         lr: float = 2e-3,
         weight_decay: float = 1e-2,
     ):
         super().__init__()
-        self.net = net or CAMNet(task.n_classes, mean=task.mean)
+        if task.unlabelled.tags is None: raise UserError("The unlabelled images have no tags: load the task with weak_tags=True.")
+        seed_everything(seed)
+        self.net = CAMNet(task.n_classes, mean=task.mean, pool=pool)
         self.views = [flip_crop(fill=task.mean), randaugment(n=1, strength=0.3, fill=task.mean)]
         self.optimisers = {"net": torch.optim.AdamW(self.net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)}
 
@@ -528,7 +521,7 @@ def cams(
     net: nn.Module,  # a trained `CAMNet`
     x: Tensor,  # (B,3,H,W)
     tags: Tensor,  # (B,C): maps of other classes are 0
-    scales=(1.0, 0.5, 1.5, 2.0),
+    scales=(1.0,),  # the paper's code sums over (1, 0.5, 1.5, 2)
 ) -> Tensor:  # (B,C,H,W) in [0,1]; the largest value of a tagged class is nearly 1
     "Class activation maps, summed over scales and mirror images, each divided by its largest value"
     total = 0.0
@@ -544,10 +537,49 @@ def cams(
 def pseudo_masks(
     cam: Tensor,  # (B,C,H,W), see `cams`
     tags: Tensor,  # (B,C)
-    high: float = 0.3,  # an object above
-    low: float = 0.05,  # background below
+    high: float = 0.4,  # an object above
+    low: float = 0.1,  # background below
 ) -> Tensor:  # (B,H,W) uint8: a class above `high`, 0 below `low`, 255 between, and everywhere where no tag is known
     "Two thresholds make a partial mask out of class activation maps"
     best, label = cam[:, 1:].max(1)
     mask = torch.where(best > high, label + 1, torch.where(best < low, 0, IGNORE))
     return torch.where(tags.any(1)[:, None, None], mask, IGNORE).to(torch.uint8)
+
+# %% ../nbs/13_cct.ipynb #pseudo-of
+def all_pseudo_masks(
+    net: nn.Module,  # a trained `CAMNet`
+    unlabelled,  # `Images` with tags
+    high: float = 0.4,
+    low: float = 0.1,
+    batch_size: int = 64,
+) -> Tensor:  # (N,H,W) uint8 on the CPU, in the order of the data set
+    "The pseudo-masks of all unlabelled images, computed once"
+    device = next(net.parameters()).device
+    net.eval()
+    return torch.cat([pseudo_masks(cams(net, b["image"], b["tags"]), b["tags"], high, low).cpu()
+                      for b in one_pass(unlabelled, batch_size, device)])
+
+# %% ../nbs/13_cct.ipynb #weak-method
+class CCTWeak(CCT):
+    "CCT whose auxiliary decoders also learn from image-level tags, by way of the pseudo-masks of a classifier"
+
+    def __init__(
+        self,
+        net: nn.Module,
+        task,  # loaded with weak_tags=True
+        tag_steps: int = 300,  # of the classifier
+        tag_batch: int = 16,  # images with masks and images with tags per step of the classifier
+        tag_seed: int = 0,
+        pool: float = 0.25,  # see `CAMNet`
+        high: float = 0.4,  # see `pseudo_masks`
+        low: float = 0.1,
+        accelerator=None,  # of `fit`
+        **cct,  # of `CCT`
+    ):
+        super().__init__(net, task, **cct)
+        if task.unlabelled.crop: raise UserError("Pseudo-masks are made of whole images: use crop=None, or images of the training size.")
+        tagger = Tagger(task, pool=pool, seed=tag_seed)
+        fit(tagger, task, tag_steps, tag_batch, seed=tag_seed, eval_on=False, progress=False, accelerator=accelerator)
+        self.tag_steps, self.pool, self.high, self.low = tag_steps, pool, high, low
+        self.pseudo = all_pseudo_masks(tagger.net, task.unlabelled, high, low)
+        self.tagger = [tagger]  # in a list: it is no part of what is trained or saved

@@ -153,7 +153,7 @@ class Images(Dataset):
         self,
         ids,  # one name for each image
         images,  # uint8 tensor (N,3,H,W) or `Files`
-        tags: Tensor | None = None,  # float32 (N,C) image-level labels, where they are known
+        tags: Tensor | None = None,  # float32 (N,C) image-level labels; a row of zeros where nothing is known
         crop: tuple | None = None,  # (H,W) of the random crops that `loader` draws for training
     ):
         self.ids, self.images, self.tags, self.crop = tuple(ids), images, tags, crop
@@ -576,13 +576,19 @@ def _parts(folder: Folder, split_seed: int) -> tuple:
     return [free[s] for s in order], [i for s, i in free.items() if s not in listed], list(val.values())
 
 # %% ../nbs/02_data.ipynb #weak-tags
-def _weak_tags(folder: Folder, items, n_classes: int) -> Tensor | None:
-    "Image-level labels from the `weak_labels` of dataset.json; None unless every item has them"
-    known = folder.info.get("weak_labels", {})
-    if not items or any(i.image.stem not in known for i in items): return None
-    tags = torch.zeros(len(items), n_classes)
-    for row, item in zip(tags, items): row[known[item.image.stem]] = 1
-    return tags
+def _weak_tags(source, items, n_classes: int, size: tuple, from_masks: bool) -> Tensor | None:
+    "Image-level labels: from `weak_labels` and, when asked for, from masks; rows of zeros elsewhere, None if all are zero"
+    known, tags = source.folder.info.get("weak_labels", {}) if source.folder else {}, torch.zeros(len(items), n_classes)
+    for row, item in zip(tags, items):
+        ids = known.get(item.image.stem, [])
+        if not isinstance(ids, list) or any(i not in range(n_classes) for i in ids):
+            raise UserError(f"'{source.folder.root / 'dataset.json'}' gives '{item.image.stem}' the weak_labels {ids}: "
+                            f"write a list of class ids, which are 0 to {n_classes - 1}.")
+        if ids: row[ids] = 1
+        elif from_masks and item.mask: row.copy_(image_tags(read_mask(item.mask, size, source.table)[None], n_classes)[0])
+    if tags.any(): return tags
+    if from_masks and items: raise UserError("weak_tags: no unlabelled image has a mask or an entry in the weak_labels of dataset.json.")
+    return None
 
 # %% ../nbs/02_data.ipynb #cut
 def cut(
@@ -591,6 +597,7 @@ def cut(
     n_labelled: int | None,  # None: all of them
     n_unlabelled: int | None = None,  # None: all that are left; 0 for a purely supervised run
     n_tune: int | None = None,
+    only_pool: bool = False,  # True: training items that get no label are left out
 ) -> tuple:  # (labelled, unlabelled, tune)
     "The first `n_labelled` keep their labels, the last `n_tune` are set aside, all others are unlabelled"
     n_tune = n_tune or 0
@@ -604,7 +611,7 @@ def cut(
     if n_labelled > room:
         raise UserError(f"n_labelled is {n_labelled}, but only {room} training images can be labelled{aside}: choose "
                         f"at most {room}.")
-    unlabelled = list(order[n_labelled:room]) + list(pool)
+    unlabelled = list(pool) if only_pool else list(order[n_labelled:room]) + list(pool)
     if n_unlabelled is None and not unlabelled:
         raise UserError(f"There is no unlabelled image: all {room} training images are labelled{aside}; lower "
                         "n_labelled, add images without a mask, or give n_unlabelled=0 for a supervised run.")
@@ -727,15 +734,6 @@ def _pictures(items, size, stretch) -> Files:
 def _masks(items, size, table) -> Files:
     return Files([i.mask for i in items], partial(read_mask, size=size, table=table), size)
 
-
-def _image_level(source, items, n_classes, size, from_masks) -> Tensor | None:
-    "Image-level labels of unlabelled items: from `weak_labels`, or, when asked for, from their masks"
-    tags = source.folder and _weak_tags(source.folder, items, n_classes)
-    if tags is not None or not from_masks: return tags
-    bare = next((i.image for i in items if i.mask is None), None)
-    if bare: raise UserError(f"weak_tags: '{bare}' has neither a mask nor an entry in the weak_labels of dataset.json.")
-    return torch.cat([image_tags(read_mask(i.mask, size, source.table)[None], n_classes) for i in items])
-
 # %% ../nbs/02_data.ipynb #build
 def _build(source, labelled, unlabelled, tune, size, crop, stretch, weak_tags, memory_limit) -> Task:
     "Check every file that will be used, then decode (or, beyond `memory_limit`, leave on disk)"
@@ -752,7 +750,7 @@ def _build(source, labelled, unlabelled, tune, size, crop, stretch, weak_tags, m
     def with_masks(items, size, crop=None):
         masks = load(_masks(items, size, source.table))
         return Labelled([i.id for i in items], load(_pictures(items, size, stretch)), masks, len(classes), crop)
-    tags = _image_level(source, unlabelled, len(classes), train, weak_tags)
+    tags = _weak_tags(source, unlabelled, len(classes), train, weak_tags)
     return Task(source.name, classes, source.palette or class_palette(len(classes)),
                 labelled=with_masks(labelled, train, crop),
                 unlabelled=Images([i.id for i in unlabelled], load(_pictures(unlabelled, train, stretch)), tags, crop),
@@ -846,6 +844,11 @@ def _source(dataset, data_root, split_seed, ids, augmented) -> Source:
     else: source = _pet(Path(data_root), split_seed)
     if ids is not None: source.order, source.pool = _listed(source, ids)
     return source
+def _split_of(folder: Folder, name: str) -> list:
+    "The items of a further split; raises `UserError` when it is empty"
+    items = list(folder.split(name).values())
+    if not items: raise UserError(f"'{folder.root / 'images' / name}' holds no image: put some there, or choose another split.")
+    return items
 
 # %% ../nbs/02_data.ipynb #load-task
 DATASETS = ("scenes", "folder", "voc", "cityscapes", "pet")
@@ -862,7 +865,8 @@ def load_task(
     crop=None,  # int | (H,W): train on random crops of this size; evaluation stays whole
     stretch: bool = False,  # spread dark images between percentiles (see `read_image`)
     extra_unlabelled: str | None = None,  # folder: a further split whose images join the unlabelled ones
-    weak_tags: bool = False,  # unlabelled images carry image-level tags, taken from their masks
+    unlabelled_from: str | None = None,  # folder: a further split that is unlabelled instead of the rest of train
+    weak_tags: bool = False,  # unlabelled images that have no tags of their own get them from their masks
     label_order=None,  # a text file with one id a line, or a list: replaces the shuffle by split_seed
     style: str = "photo",  # scenes: look of all images
     strength: float = 1.0,  # scenes: how far the style goes, in [0,1]
@@ -871,17 +875,23 @@ def load_task(
 ) -> Task:
     "A checked task: who is labelled, unlabelled, for tuning and for the report; raises `UserError` in one sentence"
     one_of(dataset, DATASETS, "dataset")
-    if extra_unlabelled is not None and (dataset != "folder" or extra_unlabelled in ("train", "val")):
-        raise UserError(f"extra_unlabelled '{extra_unlabelled}' with dataset '{dataset}': it names a further split "
-                        "of a folder data set, neither train nor val.")
+    further = {"extra_unlabelled": extra_unlabelled, "unlabelled_from": unlabelled_from}
+    further = {name: split for name, split in further.items() if split is not None}
+    for name, split in further.items():
+        if dataset != "folder" or split in ("train", "val"):
+            raise UserError(f"{name} '{split}' with dataset '{dataset}': it names a further split of a folder data set, "
+                            "neither train nor val.")
+    if len(further) == 2:
+        raise UserError(f"extra_unlabelled '{extra_unlabelled}' and unlabelled_from '{unlabelled_from}' exclude each other: "
+                        "the first joins the rest of train, the second takes its place.")
     crop = as_size(crop, "crop")
     if dataset == "scenes":
         if label_order is not None: raise UserError("label_order lists files: for scenes choose a split_seed instead.")
         return _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, strength, weak_tags, crop)
     source = _source(dataset, data_root, split_seed, _read_ids(label_order), augmented)
-    pool = list(source.pool)
-    if extra_unlabelled is not None: pool += list(source.folder.split(extra_unlabelled).values())
-    labelled, unlabelled, tune = cut(source.order, pool, n_labelled, n_unlabelled, n_tune)
+    pool = list(source.pool) if unlabelled_from is None else []
+    for split in further.values(): pool += _split_of(source.folder, split)
+    labelled, unlabelled, tune = cut(source.order, pool, n_labelled, n_unlabelled, n_tune, unlabelled_from is not None)
     return _build(source, labelled, unlabelled, tune, as_size(size), crop, stretch, weak_tags, memory_limit)
 
 # %% ../nbs/02_data.ipynb #load-split
@@ -922,7 +932,7 @@ def load_split(
     pictures = load(_pictures(items, size, stretch))
     if labelled: return Labelled([i.id for i in items], pictures, load(_masks(items, size, source.table)), len(classes))
     n_classes = len(source.classes or classes or ())
-    return Images([i.id for i in items], pictures, _image_level(source, items, n_classes, size, False))
+    return Images([i.id for i in items], pictures, _weak_tags(source, items, n_classes, size, False))
 
 # %% ../nbs/02_data.ipynb #scenes-split
 def _scenes_split(split, size, ids, style, strength):

@@ -179,8 +179,13 @@ class Upsampler(nn.Module):
         self.scores = nn.Conv2d(c_in, n_classes, 1, bias=False)
         self.blocks = nn.ModuleList(nn.Conv2d(n_classes, 4 * n_classes, 1) for _ in range(blocks))
         self.relus = blocks if final_relu else blocks - 1
-        for i, conv in enumerate(self.blocks):  # the four pixels of a cell start alike, and no ReLU starts dead
-            same = nn.init.dirac_(torch.empty(n_classes, n_classes, 1, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        "Scores start at random; the four pixels of a cell start alike, and no ReLU starts dead"
+        self.scores.reset_parameters()
+        for i, conv in enumerate(self.blocks):
+            same = nn.init.dirac_(conv.weight.new_empty(conv.in_channels, conv.in_channels, 1, 1))
             conv.weight.data.copy_(same.repeat_interleave(4, 0))
             nn.init.constant_(conv.bias, float(i < self.relus))
 

@@ -317,8 +317,50 @@ def test_tags_from_masks_and_from_weak_labels(official):
     assert weak[0]["tags"].tolist() == [1, 0, 1] and weak[0]["tags"].dtype == torch.float32
     tagged = load_task("folder", official, n_labelled=4, weak_tags=True).unlabelled
     assert torch.equal(tagged.tags, load_split("folder", official, "train", ids=tagged.ids).tags)
-    with pytest.raises(UserError, match="neither a mask nor an entry"):
-        load_task("folder", official, n_labelled=4, weak_tags=True, extra_unlabelled="unlabelled_far")
+    with pytest.raises(UserError, match="no unlabelled image has a mask or an entry"):
+        load_task("folder", official, n_labelled=4, weak_tags=True, unlabelled_from="unlabelled_far")
+
+
+def test_a_row_of_zeros_where_no_tag_is_known(official):
+    info = json.loads((official / "dataset.json").read_text())
+    del info["weak_labels"]["w1"]
+    (official / "dataset.json").write_text(json.dumps(info))
+    some = load_task("folder", official, n_labelled=4, extra_unlabelled="weak").unlabelled
+    assert some.ids[-3:] == ("weak/w0", "weak/w1", "weak/w2") and some.tags.dtype == torch.float32
+    assert some.tags[-3:].tolist() == [[1, 0, 1], [0, 0, 0], [1, 1, 0]] and not some.tags[:8].any(), "masks are not looked at"
+    more = load_task("folder", official, n_labelled=4, extra_unlabelled="weak", weak_tags=True).unlabelled
+    assert torch.equal(more.tags[:8], load_split("folder", official, "train", ids=more.ids[:8]).tags), "now they are"
+    assert torch.equal(more.tags[-3:], some.tags[-3:]), "and what nobody tagged and nobody drew stays unknown"
+    far = load_task("folder", official, n_labelled=4, extra_unlabelled="unlabelled_far")
+    assert far.unlabelled.tags is None and "tags" not in next(loader(far.unlabelled, 4))
+    batch = next(loader(some, 11, device="cpu"))
+    assert torch.equal(batch["tags"], some.tags[batch["index"]])
+
+
+def test_tags_that_somebody_gave_come_before_those_of_a_mask(official):
+    info = json.loads((official / "dataset.json").read_text())
+    info["weak_labels"]["t9"] = [1]
+    (official / "dataset.json").write_text(json.dumps(info))
+    tagged = load_task("folder", official, n_labelled=4, weak_tags=True).unlabelled
+    assert dict(zip(tagged.ids, tagged.tags.tolist()))["train/t9"] == [0, 1, 0]
+
+
+def test_a_further_split_in_the_place_of_the_rest(official):
+    task = load_task("folder", official, n_labelled=4, unlabelled_from="weak", n_tune=2)
+    assert task.unlabelled.ids == ("weak/w0", "weak/w1", "weak/w2") and len(task.labelled) == 4 and len(task.tune) == 2
+    assert task.unlabelled.tags.tolist() == [[1, 0, 1], [1, 0, 0], [1, 1, 0]] and no_mask(task)
+    assert task.split_id not in {load_task("folder", official, n_labelled=4, n_tune=2, **more).split_id for more in ({}, {"extra_unlabelled": "weak"})}
+    assert load_task("folder", official, n_labelled=4, unlabelled_from="weak", n_unlabelled=2).unlabelled.ids == ("weak/w0", "weak/w1")
+    every = load_task("folder", official, n_labelled=None, unlabelled_from="weak")
+    assert (len(every.labelled), len(every.unlabelled)) == (12, 3), "all masks may be used"
+
+
+@pytest.mark.parametrize("ids", [[0, 3], [-1], ["a"], 2, "02"])
+def test_tags_that_are_no_classes_are_refused(official, ids):
+    info = json.loads((official / "dataset.json").read_text())
+    info["weak_labels"]["w1"] = ids
+    (official / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"dataset.json' gives 'w1' the weak_labels .*0 to 2"): load_task("folder", official, n_labelled=4, unlabelled_from="weak")
 
 
 def test_image_tags_by_hand():
@@ -498,6 +540,11 @@ OFFICIAL = [
     (lambda r: None, {"n_labelled": 0}, "at least one labelled"),
     (lambda r: None, {"size": "big"}, "size 'big' is not a size"),
     (lambda r: None, {"extra_unlabelled": "far"}, "split 'far' is not known"),
+    (lambda r: None, {"unlabelled_from": "far"}, "split 'far' is not known"),
+    (lambda r: None, {"unlabelled_from": "train"}, "unlabelled_from 'train' .* neither train nor val"),
+    (lambda r: None, {"unlabelled_from": "weak", "extra_unlabelled": "ood"}, "exclude each other"),
+    (lambda r: None, {"unlabelled_from": "weak", "n_unlabelled": 4}, "n_unlabelled is 4, but 3 images"),
+    (lambda r: [p.unlink() for p in (r / "images/weak").iterdir()], {"unlabelled_from": "weak"}, "images/weak' holds no image"),
 ]
 
 
@@ -675,6 +722,14 @@ def test_camvid():
     assert task.mean == pytest.approx(statistics["rgb_mean"], abs=2e-3) and task.labelled.tags.amax(0).all()
     listed = load_task("folder", SHARED / "camvid", n_labelled=46, size=(48, 64), label_order=ROOT / "nbs/splits/camvid_seed0.txt")
     assert listed.split_id == task.split_id
+
+
+def test_ccp_photos_with_real_tags_and_no_masks():
+    task = load_task("folder", real("ccp"), n_labelled=41, unlabelled_from="weak", size=(48, 32))
+    assert (len(task.labelled), len(task.unlabelled), len(task.val), task.n_classes) == (41, 1085, 100, 13) and no_mask(task)
+    known = json.loads((SHARED / "ccp/dataset.json").read_text())["weak_labels"]
+    for name, tags in zip(task.unlabelled.ids, task.unlabelled.tags): assert tags.nonzero().flatten().tolist() == known[name.removeprefix("weak/")]
+    assert task.labelled.tags.amax(0).all()
 
 
 def test_nuclei_stretched_crops():

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from semiseg_nb.core import UserError
-from semiseg_nb.leaderboard import chart, compare, gain_text, interval, markdown_table, read_reference, title_of
+from semiseg_nb.leaderboard import REFERENCE, chart, compare, gain_text, interval, markdown_table, read_reference, reference_tables, title_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,8 +76,35 @@ def test_table_and_chart_are_drawn():
 
 def test_published_numbers_have_a_source_and_the_uda_text_is_quoted_as_published():
     rows = read_reference(ROOT / "nbs/reference.csv")
-    assert all(row["source"] for row in rows)
+    assert all(row["source"] and row["protocol"] and row["labels"] for row in rows)
+    assert all(0.3 < float(row["miou"]) < 0.95 for row in rows), "a share, not per cent"
     assert [(r["method"], r["model"], float(r["miou"])) for r in rows if "Lant" in r["source"]] == [
         ("supervised", "DeepLab v3", .600), ("UDA", "DeepLab v3", .662), ("supervised", "U-Net", .676), ("UDA", "U-Net", .678)]
-    with (ROOT / "nbs/reference.csv").open() as f: assert len({len(line) for line in csv.reader(f)}) == 1
-    with pytest.raises(UserError, match="There is no file"): read_reference(ROOT / "nbs/none.csv")
+    with (ROOT / "nbs/reference.csv").open(newline="") as f: assert {len(line) for line in csv.reader(f)} == {len(REFERENCE)}
+    assert len({tuple(r.values()) for r in rows}) == len(rows), "no number twice"
+
+
+def test_the_table_of_the_poster_is_quoted_as_published():
+    poster = [r for r in read_reference(ROOT / "nbs/reference.csv") if "poster" in r["source"]]
+    def table(n): return [(r["method"], r["labels"], r["tags"], float(r["miou"])) for r in poster if r["source"].endswith(f"table {n}")]
+    assert table(1) == [("WSSL", "1.5k", "9k", .646), ("MDC", "1.5k", "9k", .657), ("FickleNet", "1.5k", "9k", .658), ("Hung et al.", "1.5k", "", .681),
+                        ("CCT", "1k", "", .640), ("CCT", "1.5k", "", .694), ("CCT", "1.5k", "9k", .732)]
+    assert [(r["backbone"], float(r["miou"])) for r in poster if r["source"].endswith("table 2")] == [("PoolFormer-M36", .708), ("ConvNeXt-Base (ImageNet-22k)", .725)]
+    assert [t[-1] for t in table(3)] == [.733, .7346, .735, .681]
+
+
+def test_protocols_never_share_a_table():
+    tables = reference_tables(read_reference(ROOT / "nbs/reference.csv"))
+    fine, coarse = tables["VOC 2012: original masks"], tables["VOC 2012: augmented masks (SBD)"]
+    assert "| 92 labels | 183 labels | 366 labels | 732 labels | 1464 labels |" in fine and "662 labels" not in fine and "92 labels" not in coarse
+    poster = next(table for title, table in tables.items() if "CCT (1.5k" in title)
+    assert "| CCT | PSPNet ResNet-50 | 64.0 | 69.4, 73.2 (9k tags) | as quoted | [1] |" in poster and "[1] KAIST" in poster
+    assert all(len({line.count("|") for line in table.split("\n\n")[0].splitlines()}) == 1 for table in tables.values())
+
+
+def test_a_reference_file_that_is_absent_or_old_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="There is no file"): read_reference(tmp_path / "none.csv")
+    (tmp_path / "old.csv").write_text("method,data,labels,model,miou,protocol,source\nA,B,1,C,0.5,D,E\n")
+    with pytest.raises(UserError, match=r"old.csv' has no column tags, backbone: the first line must read method,data"): read_reference(tmp_path / "old.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(UserError, match="has no column method"): read_reference(tmp_path / "empty.csv")

@@ -8,9 +8,23 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from semiseg_nb.core import EMA, UserError, seed_everything
-from semiseg_nb.models import DeepLabV3, EncoderNet, UNet, build_model, count_parameters, encoder_name, load_weights, read_weights
+from semiseg_nb.models import (
+    AtStride8,
+    DeepLabV3,
+    EncoderNet,
+    PSPNet,
+    PyramidPooling,
+    UNet,
+    Upsampler,
+    build_model,
+    count_parameters,
+    encoder_name,
+    load_weights,
+    read_weights,
+    stride8_encoder,
+)
 
-OURS = ["unet", "deeplabv3"]
+OURS = ["unet", "deeplabv3", "psp"]
 TINY = ["resnet18", "convnext_atto", "mobilenetv3_small_050"]
 
 
@@ -80,7 +94,7 @@ def test_channels_last_gives_the_same(model):
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model", OURS)
+@pytest.mark.parametrize("model", ["unet", "deeplabv3"])  # the bins of a PSPNet divide the whole map: every shift changes what they hold
 def test_shifts_by_the_stride_move_the_output_and_others_do_not(model):
     if model == "deeplabv3": net = DeepLabV3(4, 4, rates=(1,)).eval()
     else: net = UNet(4, 4).eval()
@@ -119,6 +133,110 @@ def test_budgets_are_similar():
     assert 0.5 < unet / deeplab < 2 and unet == 271_961
 
 
+# PSPNet and its decoder
+def test_the_light_decoder_has_the_published_size():
+    assert count_parameters(Upsampler(512, 21, 8)) == 16_296
+    for stride, blocks in ((1, 0), (2, 1), (4, 2), (16, 4)):
+        up = Upsampler(6, 3, stride)
+        assert len(up.blocks) == blocks and up(torch.rand(2, 6, 5, 7)).shape == (2, 3, 5 * stride, 7 * stride)
+        assert up.scores.bias is None
+
+
+def test_a_fresh_decoder_enlarges_without_a_pattern():
+    up, e = Upsampler(6, 3, 8), torch.rand(2, 6, 5, 7)
+    cells = F.relu(F.relu(up.scores(e) + 1) + 1)  # two ReLUs with bias 1, none in the last block
+    torch.testing.assert_close(up(e), F.interpolate(cells, scale_factor=8))
+
+
+def test_a_decoder_can_start_afresh():
+    up = Upsampler(6, 3, 8)
+    before, used = up.scores.weight.clone(), torch.rand(1, 6, 4, 4)
+    for p in up.parameters(): torch.nn.init.normal_(p)
+    up.reset_parameters()
+    torch.testing.assert_close(up(used), F.interpolate(F.relu(F.relu(up.scores(used) + 1) + 1), scale_factor=8))
+    assert not torch.equal(up.scores.weight, before)
+
+
+def test_the_last_relu_is_left_out_unless_it_is_asked_for():
+    e = torch.rand(1, 6, 4, 4)
+    for final_relu in (False, True):
+        up = Upsampler(6, 3, 4, final_relu)
+        for p in up.parameters(): torch.nn.init.normal_(p)
+        assert bool(up(e).min() >= 0) == final_relu
+
+
+def test_every_channel_of_a_fresh_decoder_is_alive():
+    maps = F.avg_pool2d(torch.randn(4, 64, 24, 24).relu(), 3)
+    for _ in range(20):
+        up = Upsampler(64, 2, 8)
+        up(maps).square().sum().backward()
+        assert all((p.grad.flatten(1).abs().sum(1) > 0).all() for p in [up.scores.weight, *(c.weight for c in up.blocks)])
+
+
+@pytest.mark.parametrize("stride", [0, 3, 12, -8])
+def test_strides_that_are_not_reached_by_doubling_are_refused(stride):
+    with pytest.raises(UserError, match=rf"stride={stride} .*1, 2, 4, 8"): Upsampler(4, 2, stride)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (37, 53), (9, 17), (1, 1)])
+def test_psp_encodes_to_one_map_that_is_not_negative(size):
+    net = PSPNet(3, 4).eval()
+    (e,) = net.encode(images(*size))
+    assert e.shape == (1, net.channels[0], -(-size[0] // 8), -(-size[1] // 8)) and net.channels == [16]
+    assert e.min() >= 0 and (e > 0).any()
+
+
+def test_pyramid_pooling_sees_the_whole_and_its_parts():
+    pool = PyramidPooling(8, 4).eval()
+    x = torch.rand(1, 8, 12, 12).requires_grad_()
+    pool(x)[0, :, 0, 0].sum().backward()
+    assert (x.grad.abs().sum(1) > 0).all(), "one corner looks at every place"
+    assert len(pool.parts) == 4 and not any(isinstance(m, torch.nn.BatchNorm2d) for m in pool.parts[0])
+    assert pool.train()(torch.rand(1, 8, 12, 12)).shape == (1, 4, 12, 12)
+
+
+@pytest.mark.parametrize("encoder", TINY)
+def test_psp_with_an_encoder_has_one_map_at_stride_8_and_trains(encoder):
+    net = build_model("psp", 3, encoder=encoder)
+    for size in ((40, 56), (37, 53), (64, 64)):
+        with torch.no_grad(): (e,) = net.eval().encode(images(*size))
+        assert e.shape == (1, net.channels[0], -(-size[0] // 8), -(-size[1] // 8)) and e.min() >= 0
+        assert net.decode([e], size).shape == (1, 3, *size)
+    before = {k: p.clone() for k, p in net.train().named_parameters()}
+    optimiser = torch.optim.SGD(net.parameters(), 0.1)
+    F.cross_entropy(net(images(64, 64, n=2)), torch.randint(0, 3, (2, 64, 64))).backward()
+    optimiser.step()
+    assert all(p.grad is not None for p in net.parameters()) and any(not torch.equal(p, before[k]) for k, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("encoder, inner, channels", [("resnet50", 8, 2048), ("resnet50d", 8, 2048), ("poolformer_m36", 32, 512), ("convnext_base", 32, 512)])
+def test_large_encoders_give_psp_its_map(encoder, inner, channels):
+    with torch.device("meta"): net = build_model("psp", 21, encoder=encoder)
+    (e,) = net.eval().encode(torch.empty(1, 3, 50, 70, device="meta"))
+    assert e.shape == (1, 512, 7, 9) and net.channels == [512] and net.decode([e], (50, 70)).shape == (1, 21, 50, 70)
+    assert isinstance(net.encoder, AtStride8) and (net.encoder.inner, net.encoder.channels) == (inner, channels)
+    assert count_parameters(net.decoder) == 16_296
+
+
+def test_encoders_that_cannot_be_dilated_are_added_up():
+    with torch.device("meta"): dense, res = stride8_encoder("densenet121"), stride8_encoder("resnet18")
+    assert (dense.inner, res.inner) == (32, 8) and res.fit is None and len(dense.fit) == 3
+
+
+def test_what_lies_in_the_padding_is_not_pooled():
+    net = build_model("psp", 3, encoder="convnext_atto").eval()
+    with torch.no_grad():
+        (e,) = net.encode(images(40, 40))
+        whole = net.pooling(net.encoder(net.normalise(F.pad(images(40, 40), (0, 24, 0, 24), value=0.5)))[..., :5, :5])
+    torch.testing.assert_close(e, whole)
+
+
+def test_psp_refuses_one_pixel_at_the_coarsest_stride_inside():
+    net = build_model("psp", 3, encoder="convnext_atto").train()
+    with pytest.raises(UserError, match=r"32x32 px.*stride 32"): net(images(32, 32))
+    assert net(images(32, 32, n=2)).shape == (2, 3, 32, 32)
+
+
 # encoders of timm and segmentation-models-pytorch
 @pytest.mark.parametrize("model, encoder", [("unet", e) for e in TINY] + [("deeplabv3", "resnet18"), ("deeplabv3plus", "mobilenetv3_small_050"), ("deeplabv3", "convnext_atto")])
 def test_encoders_share_the_interface(model, encoder):
@@ -151,7 +269,7 @@ def test_an_encoder_of_fixed_size_refuses_in_one_sentence():
 
 
 def test_networks_can_be_copied_and_averaged():
-    for net in (build_model("unet", 3, width=4), build_model("deeplabv3", 3, width=4), build_model("unet", 3, encoder="resnet18")):
+    for net in (*(build_model(m, 3, width=4) for m in OURS), build_model("unet", 3, encoder="resnet18"), build_model("psp", 3, encoder="mobilenetv3_small_050")):
         average = EMA(net, decay=0.5)
         average.update(net)
         with torch.no_grad(): torch.testing.assert_close(average(images(32, 32)), net.eval()(images(32, 32)))
@@ -162,12 +280,14 @@ def test_names_are_found_and_close_ones_proposed():
     assert encoder_name("tu-poolformer_m36") == "tu-poolformer_m36"
     for kind, match in [(dict(model="unett"), "unett.*did you mean 'unet'"), (dict(encoder="resnet5o"), "resnet5o.*did you mean.*resnet50"),
                         (dict(model="deeplabv3plus"), "needs an encoder"), (dict(pretrained=True), "needs an encoder"),
-                        (dict(model="deeplabv3", encoder="poolformer_m36"), "does not go with"), (dict(encoder="vit_tiny_patch16_224"), "does not go with")]:
+                        (dict(model="deeplabv3", encoder="poolformer_m36"), "does not go with"), (dict(encoder="vit_tiny_patch16_224"), "does not go with"), (dict(model="psp", encoder="vit_tiny_patch16_224"), "does not go with model 'psp'"),
+                        (dict(model="psp", encoder="resnet5o"), "resnet5o.*did you mean.*resnet50"), (dict(model="pspnet", encoder="resnet18"), "did you mean 'psp'")]:
         with pytest.raises(UserError, match=match): build_model(n_classes=3, **kind)
 
 
+@pytest.mark.parametrize("model", ["unet", "psp"])
 @pytest.mark.parametrize("encoder", ["resnet18", "convnext_atto"])
-def test_pretrained_without_a_network_ends_quickly_in_one_sentence(encoder, monkeypatch, tmp_path):
+def test_pretrained_without_a_network_ends_quickly_in_one_sentence(encoder, model, monkeypatch, tmp_path):
     from huggingface_hub import constants
     def refuse(*args, **kwargs): raise OSError("no network")
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -176,7 +296,7 @@ def test_pretrained_without_a_network_ends_quickly_in_one_sentence(encoder, monk
         if hasattr(constants, name): monkeypatch.setattr(constants, name, str(tmp_path))
     before, start = constants.HF_HUB_OFFLINE, time.perf_counter()
     with pytest.raises(UserError, match=f"pretrained weights of encoder '{encoder}'.*weights=<local"):
-        build_model("unet", 3, encoder=encoder, pretrained=True)
+        build_model(model, 3, encoder=encoder, pretrained=True)
     assert time.perf_counter() - start < 10 and constants.HF_HUB_OFFLINE == before
 
 
@@ -189,22 +309,25 @@ def test_own_weights_go_through_a_file(kind, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
 
 
+@pytest.mark.parametrize("model", ["unet", "psp"])
 @pytest.mark.parametrize("encoder", TINY)
-def test_a_local_file_of_a_classifier_fills_the_encoder(encoder, tmp_path):
+def test_a_local_file_of_a_classifier_fills_the_encoder(encoder, model, tmp_path):
     import timm
     classifier, path = timm.create_model(encoder, pretrained=False), tmp_path / "classifier.safetensors"
     save_file(classifier.state_dict(), path)
-    net = build_model("unet", 3, encoder=encoder, weights=path, mean=(0.1, 0.1, 0.1))
+    net = build_model(model, 3, encoder=encoder, weights=path, mean=(0.1, 0.1, 0.1))
+    filled = net.encoder.encoder if model == "psp" else net.encoder
     plain = {k.replace(".", "_"): v for k, v in classifier.state_dict().items()}
-    for name, value in net.net.encoder.state_dict().items():
+    for name, value in filled.state_dict().items():
         assert torch.equal(value, plain[name.removeprefix("model.").replace(".", "_")]), name
     assert net.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406]), "what the encoder was trained with"
 
 
-def test_whole_networks_with_an_encoder_go_through_a_file(tmp_path):
-    path, net = tmp_path / "net.pth", build_model("unet", 3, encoder="mobilenetv3_small_050")
+@pytest.mark.parametrize("model", ["unet", "psp"])
+def test_whole_networks_with_an_encoder_go_through_a_file(model, tmp_path):
+    path, net = tmp_path / "net.pth", build_model(model, 3, encoder="mobilenetv3_small_050")
     torch.save({"state_dict": net.state_dict()}, path)
-    again = build_model("unet", 3, encoder="mobilenetv3_small_050", weights=path)
+    again = build_model(model, 3, encoder="mobilenetv3_small_050", weights=path)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
 
 

@@ -39,7 +39,9 @@ def test_a_mistake_is_one_line(args, text, tmp_path):
 
 @pytest.mark.slow
 def test_step_benchmark_prints_its_table():
-    done = run("benchmarks/step.py", "--size", 32, "--batch-size", 2, "--steps", 1, "--rounds", 1, "--models", "unet:4", "--threads", 1)
+    done = run("benchmarks/step.py", "--size", 32, "--batch-size", 2, "--steps", 1, "--rounds", 1, "--models", "unet:4", "--threads", 1,
+               "--methods", "supervised;temporal;cct K=4;cct K=4, one by one")
     assert done.returncode == 0, done.stderr
-    head, supervised, uda = done.stdout.strip().splitlines()[1:]
-    assert head.split()[:3] == ["model", "method", "data"] and "supervised" in supervised and "uda" in uda
+    about, head, *rows = done.stdout.strip().splitlines()
+    assert head.split()[:3] == ["model", "method", "data"] and "beyond" in head
+    for name in ("supervised", "temporal", "cct K=4", "cct K=4, one by one"): assert any(f" {name} " in row for row in rows), name
