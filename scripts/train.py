@@ -5,7 +5,7 @@ Supervised runs write two records, one of the last weights and one of their aver
 import argparse
 import json
 
-from semiseg_nb.cct import CCT
+from semiseg_nb.cct import CCT, CCTWeak
 from semiseg_nb.core import UserError, seed_everything
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import evaluate, fit, save_weights
@@ -16,7 +16,7 @@ from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling
 from semiseg_nb.uda import UDA
 from semiseg_nb.unimatch import CPS, ClassMix, CutMixSeg, FixMatch, UniMatch, UniMatchV2
 
-METHODS = {"supervised": Supervised, "uda": UDA, "temporal": TemporalEnsembling, "mean_teacher": MeanTeacher, "cct": CCT, "cutmix": CutMixSeg,
+METHODS = {"supervised": Supervised, "uda": UDA, "temporal": TemporalEnsembling, "mean_teacher": MeanTeacher, "cct": CCT, "cct_weak": CCTWeak, "cutmix": CutMixSeg,
            "classmix": ClassMix, "fixmatch": FixMatch, "cps": CPS, "unimatch": UniMatch, "unimatch_v2": UniMatchV2}
 
 
