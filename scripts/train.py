@@ -16,8 +16,8 @@ from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling
 from semiseg_nb.uda import UDA
 from semiseg_nb.unimatch import CPS, ClassMix, CutMixSeg, FixMatch, UniMatch, UniMatchV2
 
-METHODS = {"supervised": Supervised, "uda": UDA, "temporal": TemporalEnsembling, "mean_teacher": MeanTeacher, "cct": CCT, "cct_weak": CCTWeak, "cutmix": CutMixSeg,
-           "classmix": ClassMix, "fixmatch": FixMatch, "cps": CPS, "unimatch": UniMatch, "unimatch_v2": UniMatchV2}
+METHODS = {"supervised": Supervised, "uda": UDA, "temporal": TemporalEnsembling, "mean_teacher": MeanTeacher, "cct": CCT, "cct_weak": CCTWeak,
+           "cutmix": CutMixSeg, "classmix": ClassMix, "fixmatch": FixMatch, "cps": CPS, "unimatch": UniMatch, "unimatch_v2": UniMatchV2}
 
 
 def arguments():

@@ -349,7 +349,9 @@ def against_memory(
     # the target: what was said of these images so far, moved into the frame of today's view
     q, known = te.bank.read(index, te.weak, drawn)
     q, known = (cutmix(t, partner(t), box) for t in (q, known))
-    loss = consistency(z_u, q, None, known, te.kind)
+    trusted = (q.amax(1) > te.threshold) & known
+    te.stats = {"trusted": trusted.sum() / known.sum().clamp(min=1)}
+    loss = consistency(z_u, q, trusted, known, te.kind)
     # to be remembered: what is said now, moved back to the frame of the image
     p, seen = te.weak.invert_pred(torch.cat([z_m.float().softmax(1), own[:, None].float()], 1), drawn)
     return z, loss, (index, p[:, :-1], seen & (p[:, -1] > 0.999))
@@ -363,13 +365,14 @@ class TemporalEnsembling(Supervised):
         self,
         net: nn.Module,  # images (B,3,H,W) to logits (B,C,H,W)
         task,  # a `Task`
-        weight: float = 3.0,  # of the consistency loss, for each pixel; 0 is the supervised baseline
-        alpha: float = 0.6,  # how much of the old average an update keeps
+        weight: float = 1.0,  # of the consistency loss, for each pixel; 0 is the supervised baseline
+        alpha: float = 0.3,  # how much of the old average an update keeps
         kind: str = "mse",  # "mse" | "kl" | "js"
-        warmup: float = 0.3,  # part of training in which the weight ramps up
+        warmup: float = 0.6,  # part of training in which the weight ramps up
         student: str = "strong",  # view of the unlabelled images: "weak" or "strong"
         mix: float = 1.0,  # part of these views that get a CutMix box
-        remember: str = "student",  # what goes into the bank: the "student"'s prediction, or what "net" or "ema" says of the weak view
+        threshold: float = 0.0,  # trust a target above this belief; 0: always, as in the paper
+        remember: str = "ema",  # what goes into the bank: the "student"'s prediction, or what "net" or "ema" says of the weak view
         dtype: str = "float16",  # of the bank: "float32" | "float16" | "uint8"
         stride: int = 1,  # of the bank: pixels of the image per stored pixel
         topk: int = 0,  # of the bank: classes stored for each pixel; 0: all
@@ -382,7 +385,7 @@ class TemporalEnsembling(Supervised):
         for name, value, *ends in (("weight", weight, 0), ("warmup", warmup, 0, 1), ("mix", mix, 0, 1)): in_range(name, value, *ends)
         if task.unlabelled.crop: raise UserError("Temporal Ensembling remembers whole images, but this task cuts random crops: use crop=None and a smaller size.")
         self.weight, self.alpha, self.kind, self.warmup, self.student, self.mix = weight, alpha, kind, warmup, student, mix
-        self.remember, self.dtype, self.stride, self.topk, self.place = remember, dtype, stride, topk, place
+        self.threshold, self.remember, self.dtype, self.stride, self.topk, self.place = threshold, remember, dtype, stride, topk, place
         self.bank = PredictionBank(len(task.unlabelled), task.n_classes, task.size, alpha, dtype, stride, topk, place, file, fresh=True)
 
     def updates(self, lab, unl, clock):

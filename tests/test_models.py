@@ -1,4 +1,5 @@
 "Networks: two halves that join, any size, every weight trained, encoders of timm, weights from files, errors in one sentence"
+import contextlib
 import socket
 import time
 
@@ -298,6 +299,20 @@ def test_pretrained_without_a_network_ends_quickly_in_one_sentence(encoder, mode
     with pytest.raises(UserError, match=f"pretrained weights of encoder '{encoder}'.*weights=<local"):
         build_model(model, 3, encoder=encoder, pretrained=True)
     assert time.perf_counter() - start < 10 and constants.HF_HUB_OFFLINE == before
+
+
+@pytest.mark.parametrize("encoder, stride", [("tu-mobilenetv3_small_050", 8), ("convnext_atto", 32)])
+def test_pretrained_weights_are_asked_for_once_at_the_stride_that_is_used(encoder, stride, monkeypatch):
+    from segmentation_models_pytorch import encoders
+    real, asked = encoders.get_encoder, []
+    def spy(name, weights=None, output_stride=32):
+        if weights: asked.append((name.removeprefix("tu-"), weights, output_stride))
+        return real(name, weights=None, output_stride=output_stride)
+    monkeypatch.setattr(encoders, "get_encoder", spy)
+    monkeypatch.setattr("semiseg_nb.models._hub", contextlib.nullcontext)
+    net = build_model("psp", 3, encoder=encoder, pretrained=True, mean=(0.1, 0.1, 0.1))
+    assert asked == [(encoder.removeprefix("tu-"), True, stride)] and net.inner == stride
+    assert net.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406]), "what the encoder was trained with"
 
 
 # weights from files

@@ -169,7 +169,7 @@ def test_mirrored_epochs_give_the_bank_of_unmirrored_ones(task):
     "With a network that looks at one pixel at a time, the bank does not notice how the image was shown"
     banks = []
     for flip in (0.0, 1.0, 0.5):
-        method = TemporalEnsembling(net(task, "conv"), task, student="weak", mix=0.0, weight=1.0)
+        method = TemporalEnsembling(net(task, "conv"), task, student="weak", mix=0.0, remember="student", alpha=0.6)
         method.weak = flip_crop(scale=(1, 1), shift=0, flip=flip)
         for step in range(3):
             for _ in method.updates(*batch(task), Clock(step, 100)): pass
@@ -371,7 +371,7 @@ def test_one_update_at_once_or_at_the_end_of_the_epoch_is_the_same():
 
 
 def test_a_box_of_the_partner_is_not_stored(task):
-    method = TemporalEnsembling(net(task), task, student="weak", mix=1.0)
+    method = TemporalEnsembling(net(task), task, student="weak", mix=1.0, remember="student")
     method.weak = identity()
     clock = Clock(2, 100)
     lab, unl = batch(task)
@@ -379,6 +379,35 @@ def test_a_box_of_the_partner_is_not_stored(task):
     box = clock.boxes(unl["image"], 1.0)
     known = method.bank.read(unl["index"])[1]
     assert torch.equal(known, ~box) and box.any()
+
+
+@pytest.mark.parametrize("remember", ["student", "net", "ema"])
+def test_what_is_remembered(task, remember):
+    "The first update stores the prediction itself: of the student's view, or what network or average say of the weak view; in either case without gradient"
+    method = TemporalEnsembling(net(task), task, mix=0.0, remember=remember).eval()
+    with torch.no_grad(): next(method.ema.net.parameters()).mul_(0.5)
+    method.weak = identity()
+    lab, unl = batch(task)
+    clock = Clock(2, 100)
+    step = method.updates(lab, unl, clock)
+    next(step)
+    with torch.no_grad():
+        said = {"student": method.net(method.strong_view(unl["image"], clock)), "net": method.net(unl["image"]), "ema": method.ema(unl["image"])}
+    list(step)
+    for name, z in said.items():
+        assert torch.allclose(method.bank.read(unl["index"])[0], z.softmax(1), atol=1e-3) == (name == remember), name
+    assert not method.bank.read(unl["index"])[0].requires_grad
+
+
+def test_a_threshold_counts_untrusted_pixels_as_agreement(task):
+    def loss(threshold):
+        method = TemporalEnsembling(net(task), task, mix=0.0, threshold=threshold, warmup=0.0).eval()
+        p = probabilities(0, n=4, h=32, w=32).float()
+        method.bank.update(torch.arange(4), p, everywhere(p))
+        _, losses = next(method.updates(*batch(task), Clock(500, 1000)))
+        return losses["consistency"].item(), method.stats["trusted"].item()
+    values = [loss(t) for t in (0.0, 0.5, 0.8, 1.0)]
+    assert values == sorted(values, reverse=True) and values[0][1] == 1 and values[-1] == (0.0, 0.0) and 0 < values[2][1] < values[1][1] < 1
 
 
 def test_a_bank_in_ram_stays_there_and_is_no_float(task):
