@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'TEN', 'f_noise', 'dropout', 'f_drop', 'objects_of', 'shrunk', 'con_msk', 'obj_msk', 'object_boxes',
            'sub_boxes', 'g_cutout', 'i_vat', 'vat_direction', 'unit', 'parse_kinds', 'Strengths', 'Guide', 'perturb',
            'LightDecoder', 'DecoderCopy', 'pruned', 'make_decoders', 'distance', 'bootstrap_threshold', 'bootstrapped',
-           'joint', 'one_by_one', 'Given', 'both_branches', 'auxiliary', 'CCT', 'CAMNet', 'Tagger', 'cams',
-           'pseudo_masks', 'all_pseudo_masks', 'CCTWeak']
+           'joint', 'one_by_one', 'Given', 'both_branches', 'auxiliary', 'CCT', 'CAMNet', 'telling_tags', 'Tagger',
+           'cams', 'pseudo_masks', 'all_pseudo_masks', 'ruled_out', 'CCTWeak']
 
 # %% ../nbs/13_cct.ipynb #imports
 import copy
@@ -376,6 +376,7 @@ def both_branches(
     maps = [f[len(x):] for f in features]
     if cct.teacher == "self":
         with torch.set_grad_enabled(not cct.stop_gradient): z_m = cct.net.decode(maps, size)
+    if cct.rule_out: z_m = z_m.masked_fill(mixed(ruled_out(unl["tags"], size)), -math.inf)
     pseudo = mixed(cct.weak.apply_label(cct.pseudo[unl["index"]].long(), drawn)) if cct.pseudo is not None else None
     # 3: the auxiliary decoders
     loss, stats = auxiliary(cct, maps, z_m, valid, pseudo, size, clock)
@@ -432,6 +433,7 @@ class CCT(Supervised):
         strengths: dict | None = None,  # see `Strengths`
         pseudo: Tensor | None = None,  # (N,H,W) uint8 pseudo-masks of all unlabelled images, 255 unknown
         weak_weight: float = 0.4,  # w_w, of the pseudo-masks
+        rule_out: bool = False,  # True: classes that are not among an image's tags are struck from its target (not in the paper)
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
         super().__init__(net, task, **labelled)
@@ -441,7 +443,8 @@ class CCT(Supervised):
         for name, value, *ends in (("weight", weight, 0), ("weak_weight", weak_weight, 0), ("mix", mix, 0, 1)): in_range(name, value, *ends)
         self.weight, self.ramp_up, self.kind, self.threshold, self.teacher = weight, ramp_up, kind, threshold, teacher
         self.student_view, self.mix, self.supervised_loss, self.stop_gradient = student_view, mix, supervised_loss, stop_gradient
-        self.saver, self.weak_weight, self.form, self.kinds, self.faithful = saver, weak_weight, decoders, kinds, faithful
+        self.saver, self.weak_weight, self.form, self.kinds, self.faithful, self.rule_out = saver, weak_weight, decoders, kinds, faithful, rule_out
+        if rule_out and task.unlabelled.tags is None: raise UserError("rule_out needs tags, but the unlabelled images have none: load the task with weak_tags=True.")
         self.each = sorted(parse_kinds(kinds), key="g_cutout".__eq__)  # G-Cutout last: its boxes come from the CPU meanwhile
         for name in strengths or {}: one_of(name, Strengths._fields, "strength")
         self.strengths = Strengths(**(strengths or {}))
@@ -470,9 +473,11 @@ class CAMNet(nn.Module):
         width: int = 16,  # channels of the first block
         mean=(0.5, 0.5, 0.5),  # of the training images
         pool: float = 0.25,  # a tag is the mean over this part of its map, the highest values; 1 is the paper's mean over all
+        telling: Tensor | None = None,  # (C) bool, see `telling_tags`; None: all but class 0
     ):
         super().__init__()
         in_range("pool", pool, 1e-6, 1)
+        self.register_buffer("telling", torch.arange(n_classes) > 0 if telling is None else telling)
         w, self.pool = width, pool
         self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1))
         self.body = nn.Sequential(conv_bn_relu(3, w), conv_bn_relu(w, 2 * w, stride=2), conv_bn_relu(2 * w, 2 * w),
@@ -486,6 +491,16 @@ class CAMNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B,C) logits of the tags
         values = self.maps(x).flatten(2)
         return values.topk(math.ceil(self.pool * values.shape[2]), 2).values.mean(2)
+
+# %% ../nbs/13_cct.ipynb #telling
+def telling_tags(
+    tags: Tensor,  # (N,C) of all images; a row of zeros is an image that nobody has tagged
+    common: float = 0.9,  # a tag that more than this part of the tagged images have tells nothing
+) -> Tensor:  # (C) bool
+    "Which classes a classifier can learn to find from tags: neither the background nor what is in every photo"
+    known = tags[tags.any(1)]
+    if not len(known): raise UserError("No unlabelled image has a tag: load a task with tags, or train CCT without them.")
+    return (known.mean(0) <= common) & (known.mean(0) > 0) & (torch.arange(tags.shape[1]) > 0)
 
 # %% ../nbs/13_cct.ipynb #tagger
 class Tagger(Method):
@@ -502,15 +517,15 @@ class Tagger(Method):
         super().__init__()
         if task.unlabelled.tags is None: raise UserError("The unlabelled images have no tags: load the task with weak_tags=True.")
         seed_everything(seed)
-        self.net = CAMNet(task.n_classes, mean=task.mean, pool=pool)
+        self.net = CAMNet(task.n_classes, mean=task.mean, pool=pool, telling=telling_tags(task.unlabelled.tags))
         self.views = [flip_crop(fill=task.mean), randaugment(n=1, strength=0.3, fill=task.mean)]
         self.optimisers = {"net": torch.optim.AdamW(self.net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)}
 
     def updates(self, lab, unl, clock):
         x, tags = torch.cat([lab["image"], unl["image"]]), torch.cat([lab["tags"], unl["tags"]])
         for i, policy in enumerate(self.views): x = policy.apply_image(x, clock.draw(policy, f"tags {i}", x))
-        known = tags.any(1)  # an image without any tag says nothing
-        loss = F.multilabel_soft_margin_loss(self.net(x).float()[:, 1:], tags[:, 1:], reduction="none")  # background is everywhere
+        known, telling = tags.any(1), self.net.telling  # an image without any tag says nothing
+        loss = F.multilabel_soft_margin_loss(self.net(x).float()[:, telling], tags[:, telling], reduction="none")
         yield "net", {"tags": torch.where(known, loss, 0).sum() / known.sum().clamp(min=1)}
 
     def predict(self, x): return F.interpolate(self.net.maps(x), size=x.shape[-2:], mode="bilinear", align_corners=False)
@@ -530,7 +545,7 @@ def cams(
         for flip in (False, True):
             maps = net.maps(small.flip(-1) if flip else small).float().relu()
             total = total + F.interpolate(maps.flip(-1) if flip else maps, size=x.shape[-2:], mode="bilinear", align_corners=False)
-    total = total * tags[:, :, None, None]
+    total = total * (tags * net.telling)[:, :, None, None]
     return total / (total.amax((2, 3), keepdim=True) + 1e-5)
 
 # %% ../nbs/13_cct.ipynb #pseudo-masks
@@ -539,10 +554,13 @@ def pseudo_masks(
     tags: Tensor,  # (B,C)
     high: float = 0.4,  # an object above
     low: float = 0.1,  # background below
+    telling: Tensor | None = None,  # (C) bool: the classes that have maps; None: all but class 0
 ) -> Tensor:  # (B,H,W) uint8: a class above `high`, 0 below `low`, 255 between, and everywhere where no tag is known
     "Two thresholds make a partial mask out of class activation maps"
     best, label = cam[:, 1:].max(1)
-    mask = torch.where(best > high, label + 1, torch.where(best < low, 0, IGNORE))
+    complete = torch.ones_like(tags[:, 0]) > 0 if telling is None else ~(tags[:, 1:] * ~telling[1:]).any(1)
+    ground = torch.where(complete, 0, IGNORE)[:, None, None]  # an object without a map may be anywhere: no background then
+    mask = torch.where(best > high, label + 1, torch.where(best < low, ground, IGNORE))
     return torch.where(tags.any(1)[:, None, None], mask, IGNORE).to(torch.uint8)
 
 # %% ../nbs/13_cct.ipynb #pseudo-of
@@ -556,8 +574,17 @@ def all_pseudo_masks(
     "The pseudo-masks of all unlabelled images, computed once"
     device = next(net.parameters()).device
     net.eval()
-    return torch.cat([pseudo_masks(cams(net, b["image"], b["tags"]), b["tags"], high, low).cpu()
+    return torch.cat([pseudo_masks(cams(net, b["image"], b["tags"]), b["tags"], high, low, net.telling).cpu()
                       for b in one_pass(unlabelled, batch_size, device)])
+
+# %% ../nbs/13_cct.ipynb #rule-out
+def ruled_out(
+    tags: Tensor,  # (B,C)
+    size,  # (H,W)
+) -> Tensor:  # (B,C,H,W) bool
+    "Classes that an image cannot show because they are not among its tags; none where nobody has tagged"
+    absent = (tags == 0) & tags.any(1, keepdim=True)
+    return absent[:, :, None, None].expand(-1, -1, *size)
 
 # %% ../nbs/13_cct.ipynb #weak-method
 class CCTWeak(CCT):
@@ -567,7 +594,7 @@ class CCTWeak(CCT):
         self,
         net: nn.Module,
         task,  # loaded with weak_tags=True
-        tag_steps: int = 300,  # of the classifier
+        tag_steps: int = 300,  # of the classifier; 0: no pseudo-masks, for `rule_out` alone
         tag_batch: int = 16,  # images with masks and images with tags per step of the classifier
         tag_seed: int = 0,
         pool: float = 0.25,  # see `CAMNet`
@@ -577,9 +604,10 @@ class CCTWeak(CCT):
         **cct,  # of `CCT`
     ):
         super().__init__(net, task, **cct)
+        self.tag_steps, self.pool, self.high, self.low, self.tagger = tag_steps, pool, high, low, []
+        if tag_steps == 0: return
         if task.unlabelled.crop: raise UserError("Pseudo-masks are made of whole images: use crop=None, or images of the training size.")
         tagger = Tagger(task, pool=pool, seed=tag_seed)
         fit(tagger, task, tag_steps, tag_batch, seed=tag_seed, eval_on=False, progress=False, accelerator=accelerator)
-        self.tag_steps, self.pool, self.high, self.low = tag_steps, pool, high, low
         self.pseudo = all_pseudo_masks(tagger.net, task.unlabelled, high, low)
-        self.tagger = [tagger]  # in a list: it is no part of what is trained or saved
+        self.tagger.append(tagger)  # in a list: it is no part of what is trained or saved

@@ -371,7 +371,7 @@ class TemporalEnsembling(Supervised):
         warmup: float = 0.6,  # part of training in which the weight ramps up
         student: str = "strong",  # view of the unlabelled images: "weak" or "strong"
         mix: float = 1.0,  # part of these views that get a CutMix box
-        threshold: float = 0.0,  # trust a target above this belief; 0: always, as in the paper
+        threshold: float = 0.8,  # trust a target above this belief; 0: always, as in the paper
         remember: str = "ema",  # what goes into the bank: the "student"'s prediction, or what "net" or "ema" says of the weak view
         dtype: str = "float16",  # of the bank: "float32" | "float16" | "uint8"
         stride: int = 1,  # of the bank: pixels of the image per stored pixel
@@ -381,9 +381,10 @@ class TemporalEnsembling(Supervised):
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
         super().__init__(net, task, **labelled)
-        one_of(kind, ("mse", "kl", "js"), "kind"), one_of(student, ("weak", "strong"), "student"), one_of(remember, ("student", "net", "ema"), "remember")
-        for name, value, *ends in (("weight", weight, 0), ("warmup", warmup, 0, 1), ("mix", mix, 0, 1)): in_range(name, value, *ends)
-        if task.unlabelled.crop: raise UserError("Temporal Ensembling remembers whole images, but this task cuts random crops: use crop=None and a smaller size.")
+        one_of(kind, ("mse", "kl", "js"), "kind")
+        one_of(student, ("weak", "strong"), "student"), one_of(remember, ("student", "net", "ema"), "remember")
+        in_range("weight", weight, 0), in_range("warmup", warmup, 0, 1), in_range("mix", mix, 0, 1), in_range("threshold", threshold, 0)
+        if task.unlabelled.crop: raise UserError("Temporal Ensembling remembers whole images, but this task cuts random crops: use crop=None.")
         self.weight, self.alpha, self.kind, self.warmup, self.student, self.mix = weight, alpha, kind, warmup, student, mix
         self.threshold, self.remember, self.dtype, self.stride, self.topk, self.place = threshold, remember, dtype, stride, topk, place
         self.bank = PredictionBank(len(task.unlabelled), task.n_classes, task.size, alpha, dtype, stride, topk, place, file, fresh=True)
@@ -417,7 +418,7 @@ class MeanTeacher(Supervised):
     ):
         super().__init__(net, task, **labelled)
         one_of(kind, ("mse", "kl", "js"), "kind")
-        for name, value, *ends in (("weight", weight, 0), ("warmup", warmup, 0, 1), ("mix", mix, 0, 1)): in_range(name, value, *ends)
+        in_range("weight", weight, 0), in_range("warmup", warmup, 0, 1), in_range("mix", mix, 0, 1)
         self.weight, self.kind, self.warmup, self.mix = weight, kind, warmup, mix
 
     def updates(self, lab, unl, clock):

@@ -113,7 +113,7 @@ class CutMixSeg(PseudoLabelling):
         z_w, box = self.opinion(x_w), clock.boxes(x_w, self.mix)
         x_m, z_w, valid = paste(box, self.strong_view(x_w, clock) if self.colours else x_w, z_w, valid)
         z, z_m = jointly(self.net, x, x_m)
-        rate = (confident(z_w, self.threshold) & valid).sum() / valid.sum().clamp(min=1)
+        rate = kept(pseudo_label(z_w, self.threshold, valid), valid)       # one number for the batch
         self.stats = {"kept": rate}
         return z, {"consistency": rate * consistency(z_m, z_w.softmax(1), valid=valid, kind="mse")}
 
@@ -143,10 +143,11 @@ class ClassMix(PseudoLabelling):
     def branches(self, x, u, clock):
         x_w, valid = self.weak_view(u, clock)
         z_w = self.opinion(x_w)
-        labels = pseudo_label(z_w, 0.0, valid)
-        x_m, z_w, labels, valid = paste(self.regions(labels, z_w.shape[1], clock), self.strong_view(x_w, clock), z_w, labels, valid)
+        labels, sure = (pseudo_label(z_w, t, valid) for t in (0.0, self.threshold))
+        region = self.regions(labels, z_w.shape[1], clock)
+        x_m, labels, sure, valid = paste(region, self.strong_view(x_w, clock), labels, sure, valid)
         z, z_m = jointly(self.net, x, x_m)
-        rate = (confident(z_w, self.threshold) & valid).sum() / valid.sum().clamp(min=1)
+        rate = kept(sure, valid)                                           # one number for the batch
         self.stats = {"kept": rate}
         return z, {"consistency": rate * hard_loss(z_m, labels, valid)}
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from semiseg_nb.cct import (
     CCT, CAMNet, CCTWeak, Guide, Strengths, Tagger, bootstrap_threshold, bootstrapped, cams, con_msk, dropout, f_drop, f_noise, g_cutout, i_vat,
-    joint, make_decoders, obj_msk, object_boxes, objects_of, one_by_one, parse_kinds, perturb, pseudo_masks, sub_boxes, unit, vat_direction)
+    joint, make_decoders, obj_msk, object_boxes, objects_of, one_by_one, parse_kinds, perturb, pseudo_masks, ruled_out, sub_boxes,
+    telling_tags, unit, vat_direction)
 from semiseg_nb.core import UserError, generator, seed_everything
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import Clock, fit
@@ -349,6 +350,33 @@ def test_an_image_without_tags_does_not_train_the_classifier(task):
     assert torch.equal(first, next(tagger.updates(lab, {**other, "tags": silent}, Clock(0, 1)))[1]["tags"])
 
 
+def test_a_tag_of_every_image_has_no_map_and_takes_the_background_away():
+    tags = torch.tensor([[1.0, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]])
+    assert telling_tags(tags).tolist() == [False, False, True, True]
+    net_ = CAMNet(4, width=4, telling=telling_tags(tags)).eval()
+    cam = cams(net_, torch.rand(3, 3, 16, 16), tags)
+    assert not cam[:, 1].any() and cam[0, 3].any()
+    assert 0 not in pseudo_masks(cam, tags, telling=net_.telling)         # class 1 may be anywhere
+    with pytest.raises(UserError, match="No unlabelled image has a tag"): telling_tags(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl", "js"])
+def test_absent_classes_are_struck_from_the_target(task, kind):
+    tags = torch.tensor([[1.0, 0, 1], [0, 0, 0]])
+    assert ruled_out(tags, (2, 3)).shape == (2, 3, 2, 3) and ruled_out(tags, (1, 1)).flatten(1).tolist() == [[False, True, False], [False] * 3]
+    cct = CCT(net(task), task, kinds=ALL, rule_out=True, kind=kind, teacher="ema", mix=1.0)
+    losses = losses_of(cct, task)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(v) for v in losses.values()) and all(torch.isfinite(p.grad).all() for p in cct.net.parameters())
+    free = CCT(net(task), task, kinds=ALL, kind=kind, teacher="ema", mix=1.0)
+    assert losses_of(free, task)["consistency"] != losses["consistency"]
+
+
+def test_without_a_classifier_there_are_no_pseudo_masks(task):
+    method = CCTWeak(net(task), task, tag_steps=0, rule_out=True, kinds="dropout")
+    assert method.pseudo is None and "weak" not in (losses_of(method, task) and method.stats)
+
+
 def test_cct_with_tags_trains_and_keeps_its_pseudo_masks_in_the_frame_of_the_view(task):
     method = CCTWeak(net(task), task, tag_steps=2, tag_batch=4, kinds="dropout,con_msk")
     assert method.pseudo.shape == (24, 32, 32) and not any("pseudo" in k or "tagger" in k for k in method.state_dict())
@@ -364,6 +392,7 @@ def test_cct_with_tags_trains_and_keeps_its_pseudo_masks_in_the_frame_of_the_vie
     (lambda task: CCT(net(task), task, teacher="mean"), "self, ema"), (lambda task: CCT(net(task), task, foreground=[7]), "foreground"),
     (lambda task: CCT(net(task), task, strengths={"nois": 1}), "did you mean 'noise'"),
     (lambda task: CCTWeak(net(task), load_task("scenes", n_labelled=6, size=32)), "weak_tags=True"),
+    (lambda task: CCT(net(task), load_task("scenes", n_labelled=6, size=32), rule_out=True), "weak_tags=True"),
     (lambda task: CCTWeak(net(task), load_task("scenes", n_labelled=6, crop=32, weak_tags=True)), "crop=None")])
 def test_a_mistake_is_answered_in_one_sentence(task, make, words):
     with pytest.raises(UserError, match=words): make(task)

@@ -109,6 +109,14 @@ def test_shifts_by_the_stride_move_the_output_and_others_do_not(model):
 
 
 @pytest.mark.parametrize("model", OURS)
+def test_half_precision_trains(model):
+    net = build_model(model, 4, width=4).train().to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16): loss = F.cross_entropy(net(images(37, 40, n=2)).float(), torch.randint(0, 4, (2, 37, 40)))
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.parametrize("model", OURS)
 def test_a_few_steps_learn_one_batch(model):
     net, x, y = build_model(model, 3, width=8), images(32, 32, n=4), torch.zeros(4, 32, 32, dtype=torch.long)
     y[:, 8:24, 8:24], y[:, :, 28:] = 1, 2

@@ -245,7 +245,7 @@ def test_the_step_uses_that_weight(task):
     "An epoch is a pass over the unlabelled images, whatever the batch"
     n = len(task.unlabelled)
     for step, share in ((n // 4 - 1, 0.0), (n // 4 + 1, math.exp(-5 * (1 - (n // 4 + 1) / (5 * n / 4)) ** 2))):
-        method = TemporalEnsembling(net(task), task, weight=2.0, warmup=0.5, mix=0.0)
+        method = TemporalEnsembling(net(task), task, weight=2.0, warmup=0.5, mix=0.0, threshold=0.0)
         p = torch.rand(4, task.n_classes, 32, 32).softmax(1)
         method.bank.update(torch.arange(4), p, everywhere(p))
         method.eval()                                                            # so that the second pass below says the same
@@ -467,7 +467,7 @@ def test_resume_after_an_interruption_is_bit_exact(task, tmp_path, kwargs):
     "Step 9 is past the checkpoint of step 5: these updates of the bank must not count twice"
     def make(name, at=-1):
         files = {"file": str(tmp_path / name / "bank")} if "file" in kwargs else {}
-        return Killed(net(task, "dropout"), task, at=at, warmup=0.1, **kwargs | files)
+        return Killed(net(task, "dropout"), task, at=at, warmup=0.1, threshold=0.0, **kwargs | files)
     task_small = copy.copy(task)
     task_small.unlabelled = type(task.unlabelled)(task.unlabelled.ids[:12], task.unlabelled.images[:12])       # three steps are an epoch
     task = task_small
@@ -529,7 +529,8 @@ def test_weight_zero_takes_the_supervised_step_bit_for_bit(task, method_class):
 def test_a_few_steps_stay_finite_and_learn(task, method_class, kind):
     task = copy.copy(task)
     task.unlabelled = type(task.unlabelled)(task.unlabelled.ids[:8], task.unlabelled.images[:8])
-    method = method_class(net(task), task, kind=kind, warmup=0.0, lr=5e-3)
+    trusting = {"threshold": 0.0} if method_class is TemporalEnsembling else {}
+    method = method_class(net(task), task, kind=kind, warmup=0.0, lr=5e-3, **trusting)
     run = quiet(method, task, 30)
     assert run.history[-1]["supervised"] < 0.9 * run.history[0]["supervised"] and 0 < run.history[-1]["consistency"] < 100
 
@@ -548,7 +549,7 @@ def test_unlabelled_truth_never_reaches_the_bank(task):
 @pytest.mark.parametrize("kwargs, text", [
     ({"weight": -1.0}, "weight is -1.0"), ({"mix": 2.0}, "mix is 2.0"), ({"kind": "ce"}, "kind 'ce' is not known"), ({"alpha": 1.0}, "alpha is 1.0"),
     ({"student": "hard"}, "student 'hard' is not known"), ({"dtype": "float8"}, "dtype 'float8' is not known"), ({"stride": 0}, "stride is 0"),
-    ({"topk": 9}, "topk is 9"), ({"place": "cloud"}, "place 'cloud' is not known"), ({"warmup": 2.0}, "warmup is 2.0"), ({"views": "hard"}, "views 'hard'")])
+    ({"topk": 9}, "topk is 9"), ({"place": "cloud"}, "place 'cloud' is not known"), ({"warmup": 2.0}, "warmup is 2.0"), ({"threshold": -0.5}, "threshold is -0.5"), ({"remember": "all"}, "remember 'all' is not known"), ({"views": "hard"}, "views 'hard'")])
 def test_settings_that_make_no_sense_are_refused_before_training(task, kwargs, text):
     with pytest.raises(UserError, match=text): TemporalEnsembling(net(task), task, **kwargs)
     if not kwargs.keys() <= {"weight", "mix", "kind", "warmup", "views"}: return
@@ -594,7 +595,7 @@ task.unlabelled = type(task.unlabelled)(task.unlabelled.ids[:16], task.unlabelle
 accelerator = make_accelerator()
 seed_everything(0)
 net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, task.n_classes, 1))
-method = TemporalEnsembling(net, task, warmup=0.0, mix=0.0, dtype="float32")
+method = TemporalEnsembling(net, task, warmup=0.0, mix=0.0, threshold=0.0, dtype="float32")
 whole = flip_crop(scale=(1, 1), shift=0, fill=task.mean)      # no padding: every process has as many valid pixels as the other
 method.policies, method.weak = [whole], whole
 fit(method, task, 10, batch_size=4, progress=False, eval_on=False, workers=0, accelerator=accelerator)

@@ -295,6 +295,15 @@ def test_bfloat16_autocast_and_another_network(task, make):
             assert all(v.dtype == torch.float32 and torch.isfinite(v) for v in losses.values())
 
 
+def test_feature_streams_work_on_library_encoders(task):
+    "Whatever maps an encoder gives, and whichever of them the decoder reads"
+    model = build_model("deeplabv3plus", task.n_classes, encoder="mobilenetv3_small_050")
+    for make in (UniMatch, UniMatchV2):
+        method = make(copy.deepcopy(model), task, threshold=0.0, warmup=0.0)
+        losses = losses_of(method, task)
+        assert all(torch.isfinite(v) and v > 0 for v in losses.values()) and method.stats["kept"] == 1
+
+
 @pytest.mark.parametrize("make", ALL)
 def test_an_odd_batch_and_another_number_of_unlabelled_images(task, make):
     method = make(net(task), task, **settings(make))
