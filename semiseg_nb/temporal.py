@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'averaged', 'unbiased', 'in_view', 'row_layout', 'bank_bytes', 'pack', 'unpack', 'encode', 'decode', 'pooled',
-           'more', 'Rows', 'mapped', 'TwoPlaces', 'RowFile', 'gathered', 'last_of_each', 'enough_memory',
+           'more', 'enough_memory', 'Rows', 'mapped', 'reserve', 'TwoPlaces', 'RowFile', 'gathered', 'last_of_each',
            'PredictionBank', 'temporal_weight', 'against_memory', 'TemporalEnsembling', 'MeanTeacher']
 
 # %% ../nbs/12_temporal.ipynb #imports
@@ -133,6 +133,14 @@ def more(count: Tensor | None, valid: Tensor) -> Tensor | None:
     "The number of updates after one more, up to 255"
     return None if count is None else (count.int() + valid).clamp(max=255).to(torch.uint8)
 
+# %% ../nbs/12_temporal.ipynb #enough-memory
+def enough_memory(nbytes: int) -> None:
+    "Raise a `UserError` when a bank cannot fit in this computer's memory"
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if nbytes > have:
+        raise UserError(f"The bank would take {nbytes / 1e9:.1f} GB, but this computer has {have / 1e9:.1f} GB of memory: "
+                        f"stride=4 makes it {nbytes / 16e9:.2f} GB, topk=2 and dtype='uint8' make it smaller too, or keep it in a file.")
+
 # %% ../nbs/12_temporal.ipynb #rows
 class Rows(nn.Module):
     "Rows of bytes in memory: a buffer, so they are part of every checkpoint"
@@ -144,6 +152,7 @@ class Rows(nn.Module):
         follow: bool = True,  # move along with the network; False stays in the computer's memory
     ):
         super().__init__()
+        enough_memory(n * width)
         self.register_buffer("data", torch.zeros(n, width, dtype=torch.uint8))
         self.follow = follow
 
@@ -157,51 +166,74 @@ class Rows(nn.Module):
         "Replace the rows of these images"
         self.data.index_copy_(0, index.to(self.data.device), rows.to(self.data.device))
 
-    def flush(self) -> None: "Memory has nothing to flush"
+    def flush(self) -> None:
+        "Nothing to do in memory"
 
 # %% ../nbs/12_temporal.ipynb #mapped
 def mapped(path: Path, n: int, width: int) -> np.memmap:
-    "A file of n rows, opened or made; raises `UserError` when it has another size or cannot be made"
+    "A file of n rows, opened or made; raises `UserError` when it has another size, cannot be made, or does not fit on the disk"
     if path.exists() and path.stat().st_size != n * width:
         raise UserError(f"The bank {path} has {path.stat().st_size} bytes where {n * width} are expected, so it is of other images or settings: "
                         "delete it, or choose another file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=(n, width))
-    except OSError as e: raise UserError(f"The bank {path} cannot be opened ({e.strerror}): choose another file.") from None
+        if not path.exists(): reserve(path, n * width)
+        return np.memmap(path, np.uint8, "r+", shape=(n, width))
+    except OSError as e:
+        raise UserError(f"The bank {path} of {n * width / 1e9:.1f} GB cannot be opened ({e.strerror}): choose another file or a smaller bank.") from None
+
+
+def reserve(path: Path, size: int) -> None:
+    "A file of zeros whose place on the disk is taken now: a mapped file that finds the disk full later kills the process"
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as f: os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, "posix_fallocate") else f.truncate(size)
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/12_temporal.ipynb #two-places
 class TwoPlaces:
     "Rows of bytes in a file with two places for each: the place that the last `flush` recorded is never written to"
 
-    def __init__(self, path, n: int, width: int, fresh: bool = False):
+    def __init__(
+        self,
+        path,  # the file; made when it does not exist
+        n: int,  # rows
+        width: int,  # bytes for each
+        fresh: bool = False,  # begin empty; what the file holds is left alone until the next flush
+    ):
         self.path, self.n = Path(path), n
         self.notes = self.path.with_name(self.path.name + ".places")
         known, self.generation, self.changed = torch.full((n,), 2, dtype=torch.uint8), 0, False  # 0, 1: the place that holds the row; 2: none does
         if self.path.exists() and self.notes.exists():
             stored = torch.load(self.notes, weights_only=True)
             known, self.generation, self.changed = stored["places"], stored["generation"], stored["changed"]
+        if len(known) != n: raise UserError(f"The bank {path} is of {len(known)} images, not of {n}: delete it, or choose another file.")
         self.map = mapped(self.path, 2 * n, width)
         self.rows, self.known = torch.from_numpy(self.map), known
         self.live = torch.full_like(known, 2) if fresh else known.clone()
 
     def read(self, index: Tensor) -> Tensor:
+        "Rows of these images, copied; zeros where none was written"
         place = self.live[index]
         return self.rows[place.clamp(max=1).long() * self.n + index].masked_fill_((place == 2)[:, None], 0)
 
     def write(self, index: Tensor, rows: Tensor) -> None:
+        "Write rows to the place that is not known"
         if not self.changed: self.note(changed=True)
         place = 1 - self.known[index].clamp(max=1)
         self.rows.index_copy_(0, place.long() * self.n + index, rows)
         self.live[index] = place
 
     def flush(self) -> None:
+        "Make the current places the known ones"
         if not self.changed and torch.equal(self.live, self.known): return
         self.map.flush()  # the rows first, then the note that they are the ones
         self.known, self.generation = self.live.clone(), self.generation + 1
         self.note(changed=False)
 
     def note(self, changed: bool) -> None:
+        "Write down the known places, and whether other places were written to since"
         state = {"places": self.known, "generation": self.generation, "changed": changed}
         atomic_write(self.notes, lambda f: torch.save(state, f))
         self.changed = changed
@@ -265,14 +297,6 @@ def last_of_each(index: Tensor) -> Tensor:
     order = torch.arange(len(index), device=index.device)
     return torch.where(index[:, None] == index, order, -1).amax(1)
 
-# %% ../nbs/12_temporal.ipynb #enough-memory
-def enough_memory(nbytes: int) -> None:
-    "Raise a `UserError` when a bank cannot fit in this computer's memory"
-    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-    if nbytes > have:
-        raise UserError(f"The bank would take {nbytes / 1e9:.1f} GB, but this computer has {have / 1e9:.1f} GB of memory: "
-                        f"stride=4 makes it {nbytes / 16e9:.2f} GB, topk=2 and dtype='uint8' make it smaller too, or keep it in a file.")
-
 # %% ../nbs/12_temporal.ipynb #bank
 class PredictionBank(nn.Module):
     "What was predicted of every image, averaged over epochs, in the frame of the image itself"
@@ -295,7 +319,6 @@ class PredictionBank(nn.Module):
         self.n, self.n_classes, self.size, self.alpha, self.dtype, self.topk = n, n_classes, tuple(size), alpha, dtype, topk
         self.layout, self.nbytes = row_layout(n_classes, size, dtype, stride, topk), bank_bytes(n, n_classes, size, dtype, stride, topk, 2 if file else 1)
         width = bank_bytes(1, n_classes, size, dtype, stride, topk)
-        if not file: enough_memory(self.nbytes)
         self.rows = RowFile(file, n, width, fresh) if file else Rows(n, width, follow=place == "device")
 
     def accumulated(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -317,7 +340,9 @@ class PredictionBank(nn.Module):
         rows, index = gathered(pack(fields)), gathered(index)
         self.rows.write(index, rows[last_of_each(index)])
 
-    def flush(self) -> None: self.rows.flush()
+    def flush(self) -> None:
+        "Make a bank in a file permanent as it is now"
+        self.rows.flush()
 
 # %% ../nbs/12_temporal.ipynb #weight
 def temporal_weight(

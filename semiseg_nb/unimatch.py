@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['paste', 'pseudo_label', 'kept', 'hard_loss', 'jointly', 'PseudoLabelling', 'CutMixSeg', 'class_mask', 'ClassMix',
-           'FixMatch', 'fresh', 'CPS', 'UniMatch', 'complementary', 'UniMatchV2']
+           'FixMatch', 'fresh', 'both_networks', 'CPS', 'UniMatch', 'complementary', 'UniMatchV2']
 
 # %% ../nbs/14_unimatch.ipynb #imports
 import copy
@@ -179,12 +179,34 @@ def fresh(
 ) -> nn.Module:  # the same architecture, other weights
     "A copy with new initial weights, drawn from PyTorch's global generator; a library's encoder, which may be pretrained, keeps its own"
     other = copy.deepcopy(net)
-    keep = {part for module in other.modules() if hasattr(module, "output_stride") for part in module.modules()}     # only a library's encoder has that
+    keep = {part for m in other.modules() if hasattr(m, "output_stride") for part in m.modules()}      # only a library's encoder has that
     for module in reversed(list(other.modules())):                         # the whole after its parts: it may have its own way to begin
         if module not in keep and hasattr(module, "reset_parameters"): module.reset_parameters()
     if all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters())):
         raise UserError(f"{type(net).__name__} has no layer that can be initialised anew: give a second network as net_b.")
     return other
+
+# %% ../nbs/14_unimatch.ipynb #both-networks
+def both_networks(
+    cps: "CPS",
+    x: Tensor, y: Tensor,  # views of the labelled images and their masks
+    u: Tensor,  # unlabelled images
+    clock: Clock,
+) -> tuple[tuple, tuple, dict]:  # logits of x, cross losses, statistics; the first two of both networks
+    "One pass of each network, and what each has to learn from the other"
+    x_u, valid = cps.weak_view(u, clock)
+    nets = cps.net, cps.net_b
+    if cps.mix > 0:                                                        # labels from the weak view, mixed like the strong one
+        with torch.no_grad(): labels = [net(x_u).argmax(1) for net in nets]
+        x_u, valid, *labels = paste(clock.boxes(x_u, cps.mix), cps.strong_view(x_u, clock), valid, *labels)
+        (z_a, s_a), (z_b, s_b) = (jointly(net, x, x_u) for net in nets)
+    else:                                                                  # labels from the very same pass, of labelled images too
+        s_a, s_b = (net(torch.cat([x, x_u])) for net in nets)
+        z_a, z_b, valid = s_a[:len(x)], s_b[:len(x)], torch.cat([y != IGNORE, valid])
+        labels = [s.argmax(1) for s in (s_a, s_b)]
+    of_a, of_b = (torch.where(valid, guess, IGNORE) for guess in labels)
+    disagree = (of_a != of_b).sum() / valid.sum().clamp(min=1)
+    return (z_a, z_b), (cross_entropy(s_a, of_b), cross_entropy(s_b, of_a)), {"disagree": disagree}
 
 # %% ../nbs/14_unimatch.ipynb #cps
 class CPS(Supervised):
@@ -206,31 +228,15 @@ class CPS(Supervised):
         self.optimisers["net_b"] = torch.optim.AdamW(self.net_b.parameters(), lr=first["lr"], weight_decay=first["weight_decay"], fused=True)
 
     def updates(self, lab, unl, clock):
-        (x, y), nets, losses = view(lab, self.policies, clock), (self.net, self.net_b), ({}, {})
-        if self.weight == 0: z_a, z_b = (net(x) for net in nets)
+        (x, y), losses = view(lab, self.policies, clock), ({}, {})
+        if self.weight == 0: z_a, z_b = self.net(x), self.net_b(x)
         else:
-            (z_a, z_b), crossed = self.branches(x, y, unl["image"], clock)
+            (z_a, z_b), crossed, self.stats = both_networks(self, x, y, unl["image"], clock)
             factor = self.weight * clock.ramp(self.warmup)
             losses = [{name: factor * loss} for name, loss in zip(("cross", "cross_b"), crossed)]
         yield "net", {"supervised": cross_entropy(z_a, y)} | losses[0]
         yield "net_b", {"supervised_b": cross_entropy(z_b, y)} | losses[1]
         self.ema.update(self.net)
-
-    def branches(self, x: Tensor, y: Tensor, u: Tensor, clock: Clock) -> tuple[tuple, tuple]:
-        "Logits of the labelled views and the cross losses, of both networks"
-        x_u, valid = self.weak_view(u, clock)
-        nets = self.net, self.net_b
-        if self.mix > 0:                                                   # labels from the weak view, mixed like the strong one
-            with torch.no_grad(): labels = [net(x_u).argmax(1) for net in nets]
-            x_u, valid, *labels = paste(clock.boxes(x_u, self.mix), self.strong_view(x_u, clock), valid, *labels)
-            (z_a, s_a), (z_b, s_b) = (jointly(net, x, x_u) for net in nets)
-        else:                                                              # labels from the very same pass, of labelled images too
-            s_a, s_b = (net(torch.cat([x, x_u])) for net in nets)
-            z_a, z_b, valid = s_a[:len(x)], s_b[:len(x)], torch.cat([y != IGNORE, valid])
-            labels = [s.argmax(1) for s in (s_a, s_b)]
-        of_a, of_b = (torch.where(valid, guess, IGNORE) for guess in labels)
-        self.stats = {"disagree": ((of_a != of_b) & valid).sum() / valid.sum().clamp(min=1)}
-        return (z_a, z_b), (cross_entropy(s_a, of_b), cross_entropy(s_b, of_a))
 
 # %% ../nbs/14_unimatch.ipynb #unimatch
 class UniMatch(FixMatch):

@@ -8,13 +8,40 @@ import torch
 from torch import nn
 
 from semiseg_nb.cct import (
-    CCT, CAMNet, CCTWeak, Guide, Strengths, Tagger, bootstrap_threshold, bootstrapped, cams, con_msk, dropout, f_drop, f_noise, g_cutout, i_vat,
-    joint, make_decoders, obj_msk, object_boxes, objects_of, one_by_one, parse_kinds, perturb, pseudo_masks, ruled_out, sub_boxes,
-    telling_tags, unit, vat_direction)
+    CCT,
+    CAMNet,
+    CCTWeak,
+    Guide,
+    Strengths,
+    Tagger,
+    bootstrap_threshold,
+    bootstrapped,
+    cams,
+    con_msk,
+    dropout,
+    f_drop,
+    f_noise,
+    g_cutout,
+    i_vat,
+    joint,
+    make_decoders,
+    obj_msk,
+    object_boxes,
+    objects_of,
+    one_by_one,
+    parse_kinds,
+    perturb,
+    pseudo_masks,
+    ruled_out,
+    sub_boxes,
+    telling_tags,
+    unit,
+    vat_direction,
+)
 from semiseg_nb.core import UserError, generator, seed_everything
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import Clock, fit
-from semiseg_nb.losses import consistency, cross_entropy, divergence
+from semiseg_nb.losses import cross_entropy, divergence
 from semiseg_nb.models import build_model
 from semiseg_nb.supervised import Supervised
 
@@ -258,6 +285,14 @@ def test_the_memory_saving_loop_has_the_same_loss_and_gradients(task, form, mode
         assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
 
 
+@pytest.mark.parametrize("form, saver", [("light", False), ("light", True), ("copy", True)])
+def test_the_step_runs_in_half_precision(task, form, saver):
+    cct = CCT(net(task), task, kinds=ALL, decoders=form, saver=saver)
+    with torch.autocast("cpu", torch.bfloat16): losses = losses_of(cct, task)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(v) for v in losses.values()) and all(torch.isfinite(p.grad).all() for p in cct.net.parameters())
+
+
 def test_the_memory_saving_loop_scales_with_the_gradient_from_above():
     decoders, e = nn.ModuleList(nn.Linear(3, 2) for _ in range(2)), torch.randn(4, 3, requires_grad=True)
     def loss_of(k, shared): return decoders[k](shared[0]).square().sum()
@@ -280,7 +315,8 @@ def test_a_resumed_run_and_a_whole_one_are_equal(task, tmp_path):
         for stop in stops:
             cct = CCT(net(task), task, kinds=ALL)
             if len(stops) == 2 and stop == 2:
-                with pytest.raises(KeyboardInterrupt): fit(Stopping(cct, 2), task, 4, 4, seed=1, eval_on=False, progress=False, out_dir=tmp_path, checkpoint_every=2)
+                with pytest.raises(KeyboardInterrupt):
+                    fit(Stopping(cct, 2), task, 4, 4, seed=1, eval_on=False, progress=False, out_dir=tmp_path, checkpoint_every=2)
             else: fit(cct, task, 4, 4, seed=1, eval_on=False, progress=False, out_dir=tmp_path if len(stops) == 2 else None)
         ends.append(cct.state_dict())
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
@@ -302,7 +338,8 @@ def test_training_reads_no_mask_of_an_unlabelled_image(task):
     list(CCT(net(task), task, kinds=ALL).updates(lab, {k: v for k, v in unl.items() if k == "image"}, Clock(5, 10)))
 
 
-@pytest.mark.parametrize("model, kw", [("unet", {"encoder": "resnet18"}), ("psp", {"encoder": "mobilenetv3_small_050"}), ("deeplabv3", {})])
+@pytest.mark.parametrize("model, kw", [("unet", {"encoder": "resnet18"}), ("psp", {"encoder": "mobilenetv3_small_050"}),
+                                       ("psp", {"encoder": "convnext_atto"}), ("deeplabv3", {})])
 def test_light_decoders_fit_any_network_and_any_size(model, kw):
     model = build_model(model, 3, width=4, **kw)
     decoders, x = make_decoders(model, 2), torch.rand(2, 3, 41, 50)
@@ -313,7 +350,7 @@ def test_light_decoders_fit_any_network_and_any_size(model, kw):
 def test_a_copied_decoder_is_the_decoder_alone_with_fresh_weights(task):
     model = net(task)
     copied, = make_decoders(model, 1, "copy")
-    own = {n: p for n, p in copied.net.named_parameters()}
+    own = dict(copied.net.named_parameters())
     assert set(own) == {n for n, _ in model.named_parameters() if not n.startswith("down")}
     assert all(not torch.equal(p, dict(model.named_parameters())[n]) for n, p in own.items() if n.endswith("0.weight") and p.dim() == 4)
 
@@ -358,6 +395,7 @@ def test_a_tag_of_every_image_has_no_map_and_takes_the_background_away():
     assert not cam[:, 1].any() and cam[0, 3].any()
     assert 0 not in pseudo_masks(cam, tags, telling=net_.telling)         # class 1 may be anywhere
     with pytest.raises(UserError, match="No unlabelled image has a tag"): telling_tags(torch.zeros(3, 4))
+    with pytest.raises(UserError, match="tags tell nothing"): telling_tags(torch.ones(3, 4))
 
 
 @pytest.mark.parametrize("kind", ["mse", "kl", "js"])

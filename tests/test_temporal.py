@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -433,22 +432,22 @@ def test_a_torn_write_leaves_the_old_row(tmp_path):
 
 
 def test_a_process_killed_in_the_middle_of_a_write_leaves_whole_rows(tmp_path):
-    code = textwrap.dedent(f"""
-        import os, signal, torch
-        from semiseg_nb.temporal import TwoPlaces
-        file, everyone = TwoPlaces({str(tmp_path / "bank")!r}, 64, 4096), torch.arange(64)
-        for value in range(1, 6): file.write(everyone, torch.full((64, 4096), value, dtype=torch.uint8))
-        file.flush()
-        for value in range(6, 200):
-            for i in everyone.split(1):
-                file.write(i, torch.full((1, 4096), value, dtype=torch.uint8))
-                if value == 9 and i == 40:
-                    file.rows[int(file.live[40]) * 64 + 40, :100] = 77
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            file, everyone = TwoPlaces(tmp_path / "bank", 64, 512), torch.arange(64)
+            for value in range(1, 6): file.write(everyone, torch.full((64, 512), value, dtype=torch.uint8))
+            file.flush()
+            for value in range(6, 10):
+                for i in everyone.split(1):
+                    file.write(i, torch.full((1, 512), value, dtype=torch.uint8))
+                    if value < 9 or i < 40: continue
+                    file.rows[int(file.live[40]) * 64 + 40, :100] = 77           # a part of the row
                     os.kill(os.getpid(), signal.SIGKILL)
-    """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert (TwoPlaces(tmp_path / "bank", 64, 4096).read(torch.arange(64)) == 5).all()      # the last flush, whole
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (TwoPlaces(tmp_path / "bank", 64, 512).read(torch.arange(64)) == 5).all()       # the last flush, whole
 
 
 class Killed(TemporalEnsembling):
@@ -535,6 +534,17 @@ def test_a_few_steps_stay_finite_and_learn(task, method_class, kind):
     assert run.history[-1]["supervised"] < 0.9 * run.history[0]["supervised"] and 0 < run.history[-1]["consistency"] < 100
 
 
+@pytest.mark.parametrize("method_class", [TemporalEnsembling, MeanTeacher])
+def test_the_step_runs_under_bfloat16_autocast_and_the_bank_keeps_its_precision(task, method_class):
+    method = method_class(net(task), task)
+    for step in (0, len(task.unlabelled) // 4 + 1):
+        with torch.autocast("cpu", dtype=torch.bfloat16): (_, losses), = method.updates(*batch(task), Clock(step, 1000))
+        assert all(v.dtype == torch.float32 and torch.isfinite(v) for v in losses.values())
+    if method_class is MeanTeacher: return
+    z = method.bank.accumulated(torch.arange(4))[0]
+    assert z.dtype == torch.float32 and (unbiased(z).sum(1)[method.bank.read(torch.arange(4))[1]] - 1).abs().max() < 1e-5
+
+
 def test_unlabelled_truth_never_reaches_the_bank(task):
     seen = []
     class Spy(TemporalEnsembling):
@@ -570,8 +580,20 @@ def test_random_crops_are_refused(task):
 def test_a_file_of_another_bank_or_a_bad_folder_is_refused(tmp_path):
     PredictionBank(6, 5, (8, 12), file=str(tmp_path / "bank"))
     with pytest.raises(UserError, match=r"has 11520 bytes where 13440 are expected"): PredictionBank(7, 5, (8, 12), file=str(tmp_path / "bank"))
+    PredictionBank(6, 5, (8, 12), file=str(tmp_path / "bank")).flush()
+    filed, _ = filled(file=str(tmp_path / "six"))
+    filed.flush()
+    with pytest.raises(UserError, match="is of 6 images, not of 3"): PredictionBank(3, 5, (16, 12), file=str(tmp_path / "six"))      # the same number of bytes
     (tmp_path / "plain").write_text("a file, not a folder")
     with pytest.raises(UserError, match="cannot be opened"): PredictionBank(6, 5, (8, 12), file=str(tmp_path / "plain" / "bank"))
+
+
+def test_a_full_disk_is_told_at_the_start(tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match=r"The bank .*bank of 0\.0 GB cannot be opened \(No space left on device\)"):
+        PredictionBank(6, 5, (8, 12), file=str(tmp_path / "bank"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_for_one_process(tmp_path, monkeypatch):
