@@ -391,7 +391,8 @@ def prepare(method: Method, accelerator: Accelerator) -> None:
     method.to(accelerator.device, memory_format=torch.channels_last)
     if accelerator.num_processes > 1:
         with torch.no_grad():
-            for t in method.state_dict().values(): t.copy_(broadcast(t.clone()))
+            for t in method.state_dict().values():
+                if t.device.type == accelerator.device.type: t.copy_(broadcast(t.clone()))  # what stays in RAM begins empty everywhere
     for optimiser in method.optimisers.values():
         for group in optimiser.param_groups: group.setdefault("initial_lr", group["lr"])
 
