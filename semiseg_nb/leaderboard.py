@@ -96,8 +96,12 @@ def _rows(found: dict) -> list[Row]:
     return sorted(rows, key=lambda row: -row.mean)
 
 # %% ../nbs/91_leaderboard.ipynb #table
-NAMES = {"supervised": "supervised, last weights", "supervised_strong": "supervised, strong views, last weights",
-         "supervised_ema": "supervised, averaged weights"}
+NAMES = {
+    "supervised": "supervised, last weights", "supervised_strong": "supervised, strong views, last weights",
+    "supervised_ema": "supervised, averaged weights", "uda": "UDA", "temporal": "Temporal Ensembling", "mean_teacher": "Mean Teacher",
+    "cct": "CCT", "cct_weak": "CCT with tags", "cutmix": "CutMix-Seg", "classmix": "ClassMix", "fixmatch": "FixMatch", "cps": "CPS",
+    "unimatch": "UniMatch", "unimatch_v2": "UniMatch V2",
+}
 
 
 def describe(row: Row, others: list) -> str:

@@ -259,7 +259,7 @@ class UniMatch(FixMatch):
         streams = ("", " 2")[:self.strong_views]
         boxes = [clock.boxes(x_w, self.mix, "cutmix" + s) for s in streams]
         x_s = [paste(box, self.strong_view(x_w, clock, "strong" + s))[0] for box, s in zip(boxes, streams)]
-        features = self.net.encode(torch.cat([x, x_w, *x_s]))              # every image once; the fourth stream starts from features
+        features = self.net.encode(torch.cat([x, x_w, *x_s]))              # every image once; the feature stream starts from these
         if self.feature: features = [torch.cat([f, F.dropout2d(f[len(x):len(x) + len(u)], self.drop)]) for f in features]
         z, z_w, *z_s = self.net.decode(features, x.shape[-2:]).split([len(x)] + [len(u)] * (1 + len(x_s) + bool(self.feature)))
         labels = pseudo_label(z_w.detach() if self.teacher == "self" else self.opinion(x_w), self.threshold, valid)

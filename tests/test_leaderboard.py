@@ -70,7 +70,7 @@ def test_table_and_chart_are_drawn():
     assert "12 labelled" in title_of(group) and "+10.0 [+10.0, +10.0]" in markdown_table(rows)
     fig, ax = plt.subplots()
     chart(rows, ax, "title")
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["uda"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["UDA"]
     plt.close(fig)
 
 
