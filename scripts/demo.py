@@ -3,6 +3,7 @@
     python scripts/demo.py nbs/11_uda.ipynb _demo
 """
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,12 +18,10 @@ def main(notebook: str, folder: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     print(f"Running {notebook}; its training takes some minutes, and every evaluation prints a line.", flush=True)
     start = time.monotonic()
-    try:
-        papermill.execute_notebook(
-            notebook, str(out), parameters={"out_dir": folder}, progress_bar=False, stdout_file=sys.stdout,
-            config=Config({"KernelManager": {"transport": "ipc"}}),  # pipes, no open ports
-        )
-    except PapermillExecutionError as e: sys.exit(f"{notebook} stopped: {e.ename}: {e.evalue} (see {out})")
+    with tempfile.TemporaryDirectory() as pipes:  # in place of open ports
+        config = Config({"KernelManager": {"transport": "ipc", "ip": f"{pipes}/kernel"}})
+        try: papermill.execute_notebook(notebook, str(out), parameters={"out_dir": folder}, progress_bar=False, stdout_file=sys.stdout, config=config)
+        except PapermillExecutionError as e: sys.exit(f"{notebook} stopped: {e.ename}: {e.evalue} (see {out})")
     print(f"\n{notebook} ran in {time.monotonic() - start:.0f} s.\n", flush=True)
 
 

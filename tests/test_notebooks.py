@@ -3,6 +3,7 @@ import ast
 import io
 import json
 import re
+import tempfile
 import tokenize
 from pathlib import Path
 
@@ -16,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 SMOKE = yaml.safe_load((ROOT / "nbs/params/smoke.yaml").read_text())
 COMMON = ("dataset data_root n_labelled split_seed model encoder size batch_size steps lr seed device out_dir resume").split()
-IPC = Config({"KernelManager": {"transport": "ipc"}})  # no open ports, and no warning about them
 
 
 def number(path): return int(path.name[:2]) if path.name[:2].isdigit() else -1
@@ -36,8 +36,10 @@ def declared(path): return papermill.inspect_notebook(str(path))
 
 
 def execute(path, out, **parameters):
-    "Run a notebook as a person would from the root of the repository"
-    return papermill.execute_notebook(str(path), str(out), parameters=parameters, cwd=str(ROOT), progress_bar=False, config=IPC)
+    "Run a notebook as a person would from the root of the repository; its pipes (no open ports) have names of their own, for notebooks run side by side"
+    with tempfile.TemporaryDirectory() as pipes:
+        config = Config({"KernelManager": {"transport": "ipc", "ip": f"{pipes}/kernel"}})
+        return papermill.execute_notebook(str(path), str(out), parameters=parameters, cwd=str(ROOT), progress_bar=False, config=config)
 
 
 def smoke_parameters(path, folder):
