@@ -29,10 +29,10 @@ def divergence(
 ) -> Tensor:  # (B,H,W), at least 0
     "How far the student is from the target, pixel by pixel"
     one_of(kind, ("mse", "kl", "js", "ce"), "divergence")
-    log_p = F.log_softmax(logits.float(), 1)
-    if kind == "ce": return F.nll_loss(log_p, target.argmax(1), reduction="none")
-    q = target.float()
-    if kind == "mse": return (log_p.exp() - q).square().sum(1)
+    z, q = logits.float(), target.float()
+    if kind == "mse": return (z.softmax(1) - q).square().sum(1)
+    log_p = z.log_softmax(1)
+    if kind == "ce": return F.nll_loss(log_p, q.argmax(1), reduction="none")
     if kind == "kl": return (torch.xlogy(q, q) - q * log_p).sum(1)
     p, m = log_p.exp(), (log_p.exp() + q) / 2
     log_m = m.clamp(min=torch.finfo(m.dtype).tiny).log()
