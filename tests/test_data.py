@@ -655,6 +655,21 @@ def test_voc_count_of_the_augmented_list(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="gives 10464 training images, but VOC with SBD has 10582"): data._voc(tmp_path, 0, True)
 
 
+def test_context_has_background_and_59_classes(tmp_path):
+    base = tmp_path / "VOCdevkit/VOC2010"
+    (base / "ImageSets/SegmentationContext").mkdir(parents=True)
+    for split, names in (("train", ("2008_1", "2008_2", "2008_3")), ("val", ("2008_4",))):
+        (base / f"ImageSets/SegmentationContext/{split}.txt").write_text("".join(f"{n}\n" for n in names))
+        for name in names:
+            picture(base / "JPEGImages" / f"{name}.jpg")
+            truth = mask(base / "SegmentationClassContext" / f"{name}.png", values=(0, 1, 37, 59), mode="L")
+    task = load_task("context", tmp_path, n_labelled=1)
+    assert task.n_classes == 60 and [task.classes[i] for i in (0, 1, 37, 59)] == ["background", "aeroplane", "person", "wood"]
+    assert len(task.unlabelled) == 2 and task.val.ids == ("2008_4",) and torch.equal(task.val.masks[0], truth)
+    mask(base / "SegmentationClassContext/2008_4.png", values=(0, 60), mode="L")
+    with pytest.raises(UserError, match=r"2008_4.png'.* 60"): load_task("context", tmp_path, n_labelled=1)
+
+
 def test_cityscapes_maps_to_the_scored_classes(tmp_path):
     for split, city, n in (("train", "ulm", 3), ("val", "lindau", 1)):
         for i in range(n):
@@ -682,6 +697,7 @@ def test_pet_trimaps_become_three_classes(tmp_path):
 
 
 @pytest.mark.parametrize("name, page", [("voc", "host.robots.ox.ac.uk/pascal/VOC/voc2012"), ("pet", "robots.ox.ac.uk/~vgg/data/pets"),
+                                        ("context", "cs.stanford.edu/~roozbeh/pascal-context"),
                                         ("cityscapes", "www.cityscapes-dataset.com/downloads")])
 def test_an_absent_data_set_says_where_it_comes_from(tmp_path, name, page):
     with pytest.raises(UserError, match=page) as e: load_task(name, tmp_path, n_labelled=1)
