@@ -133,6 +133,9 @@ def class_mask(
 class ClassMix(PseudoLabelling):
     "ClassMix (arXiv 2007.07936): what is pasted follows the outlines of the classes that the average sees"
 
+    def __init__(self, net, task, weight: float = 0.3, **shared):  # published: 1, which needs better first guesses than ours
+        super().__init__(net, task, weight=weight, **shared)
+
     def regions(self, labels: Tensor, n_classes: int, clock: Clock) -> Tensor:
         "For every image the pixels that its partner gives, (B,H,W) bool"
         n, rng = len(labels) * clock.world, clock.rng("classmix")

@@ -318,7 +318,7 @@ def test_the_weight_ramps_up_and_scales(task, make):
         losses = losses_of(make(net(task), task, **{**settings(make), **kw}), task, step)
         return sum(v for k, v in losses.items() if k != "supervised").item()
     assert unlabelled(0, warmup=0.5) == 0
-    assert unlabelled(50, weight=3.0) == pytest.approx(3 * unlabelled(50), rel=1e-4)
+    assert unlabelled(50, weight=3.0) == pytest.approx(3 * unlabelled(50, weight=1.0), rel=1e-4)
     assert unlabelled(50, warmup=1.0) == pytest.approx(unlabelled(50) / 2, rel=1e-4)
 
 
