@@ -19,11 +19,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from semiseg_nb import engine
+from semiseg_nb.advsemiseg import S4GAN, AdvSemiSeg
 from semiseg_nb.augment import Policy
 from semiseg_nb.cct import CCT
 from semiseg_nb.core import EMA, atomic_write, seed_everything
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import Clock, device_name, fit, make_accelerator, one_step, pairs, prepare
+from semiseg_nb.guidedmix import GuidedMix
 from semiseg_nb.models import build_model
 from semiseg_nb.records import commit, versions
 from semiseg_nb.supervised import Supervised
@@ -35,9 +37,10 @@ K = {4: "f_noise,f_drop,dropout,con_msk", 10: "f_noise:2,f_drop:2,dropout:2,con_
      30: "f_noise:6,f_drop:6,dropout:6,con_msk:2,obj_msk:2,g_cutout:6,i_vat:2"}  # 30 as in the authors' configuration
 METHODS = {
     "supervised": Supervised, "uda": UDA, "temporal": TemporalEnsembling, "mean_teacher": MeanTeacher, "cutmix": CutMixSeg, "classmix": ClassMix,
-    "fixmatch": FixMatch, "cps": CPS, "unimatch": UniMatch, "unimatch_v2": UniMatchV2,
+    "fixmatch": FixMatch, "cps": CPS, "unimatch": UniMatch, "unimatch_v2": UniMatchV2, "advsemiseg": AdvSemiSeg, "s4gan": S4GAN, "guidedmix": GuidedMix,
     **{f"cct K={k}{', one by one' if saver else ''}": partial(CCT, kinds=kinds, saver=saver) for k, kinds in K.items() for saver in (False, True)},
 }
+MIDDLE = 5 * 10**5  # steps are taken from the middle of a run of 10**6, when nothing warms up any more
 PARTS = ("data", "views", "forward", "backward", "optimiser", "average", "rest")
 
 
@@ -111,7 +114,7 @@ def ceiling(device, rounds=5):
 def flops_of(method, batches, accelerator):
     "Floating-point operations of one step, forward and backward, counted by PyTorch"
     lab, unl = next(batches)
-    with FlopCounterMode(display=False) as counter: one_step(method, lab, unl, Clock(10**5, 10**6), accelerator)
+    with FlopCounterMode(display=False) as counter: one_step(method, lab, unl, Clock(MIDDLE, 10**6), accelerator)
     return counter.get_total_flops()
 
 
@@ -120,7 +123,7 @@ def peak_memory(method, batches, accelerator):
     lab, unl = next(batches)
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[getattr(activity, accelerator.device.type.upper())], profile_memory=True) as profiler:
-        one_step(method, lab, unl, Clock(10**5, 10**6), accelerator)
+        one_step(method, lab, unl, Clock(MIDDLE, 10**6), accelerator)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = top = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -147,13 +150,13 @@ def main(a):
             prepare(method, accelerator)
             batches = pairs(method, task, a.batch_size, None, 0, 0, 0, 1, 0, device)
             method.train()
-            measure(method, batches, accelerator, 3, 10**5)                      # warm up
+            measure(method, batches, accelerator, 3, MIDDLE)                      # warm up
             counts = flops_of(method, batches, accelerator), peak_memory(method, batches, accelerator)
             runs[model, width, name] = (method, batches, counts, [], [])
     tops = []
     for _ in range(a.rounds):
         for method, batches, _, parts, whole in runs.values():
-            parts.append(measure(method, batches, accelerator, a.steps, 10**5))
+            parts.append(measure(method, batches, accelerator, a.steps, MIDDLE))
             whole.append(engine_overhead(method, task, accelerator, a.steps))
         tops.append(ceiling(device))
     top = max(tops)

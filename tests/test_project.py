@@ -26,8 +26,9 @@ FLOORS = {
     1: ["scenes", "data", "augment", "models", "losses", "metrics", "viz"],
     2: ["engine", "records"],
     3: ["supervised"],  # the baseline, and the base class of every method with one network
-    4: ["uda", "temporal", "cct", "unimatch"],
-    5: ["leaderboard"],
+    4: ["uda", "temporal", "cct", "unimatch", "advsemiseg", "guidedmix"],
+    5: ["continuation"],  # goes on from `cct` with the discriminator of `advsemiseg`
+    6: ["leaderboard"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
