@@ -363,7 +363,7 @@ def plain_answers(m: "GuidedMix", x: Tensor, x_w: Tensor, x_s: Tensor | None) ->
 
 # %% ../nbs/30_guidedmix.ipynb #profiles
 PAPER = dict(loss="joint", guided=True, weight=1.0, ramp=0.4, pairing="nearest", mix_at="input", mitrans="all", per_image=True,
-             alignment=0.1, renorm=False, sure=False, agree=False, student="weak", box=0.0, teacher="self")
+             alignment=0.1, renorm=False, sure=False, agree=False, blend=0.0, mixed=1.0, student="weak", box=0.0, teacher="self")
 PROFILES = {
     "paper": PAPER,                                                         # as far as the paper is known
     "pseudo": PAPER | dict(loss="pseudo", renorm=True),                     # the decoupled answer as a hard label
@@ -390,6 +390,7 @@ def check_settings(chosen: dict) -> None:
     "Refuse settings that cannot work, or not together"
     for name, choices in CHOICES.items(): one_of(chosen[name], choices, name)
     for name, *ends in (("weight", 0), ("ramp", 0, 1), ("lam_max", 1e-3, 0.5), ("alpha", 1e-3), ("threshold", 0), ("alignment", 0), ("box", 0, 1),
+                        ("blend", 0, 1), ("mixed", 0),
                         ("memory", 1)): in_range(name, chosen[name], *ends)
     beyond = [f"{n}='{chosen[n]}'" for n, plain in (("student", "weak"), ("teacher", "self")) if chosen[n] != plain]
     if chosen["loss"] == "focal" and beyond:
@@ -423,6 +424,8 @@ class GuidedMix(Supervised):
         renorm: bool | None = None,  # divide the decoupled logits by 1 - lambda
         sure: bool | None = None,  # L_mix leaves out unlabelled pixels that are not believed above the threshold
         agree: bool | None = None,  # a hard label counts only where the decoupled and the plain answer name the same class
+        blend: float | None = None,  # part of the plain answer in the pseudo mask; 0: the decoupled answer alone
+        mixed: float | None = None,  # weight of L_mix, as a part of `weight`
         student: str | None = None,  # which view of the unlabelled images has to agree: "weak" | "strong"
         box: float | None = None,  # part of the strong views with a CutMix box
         teacher: str | None = None,  # who gives the decoupled answer: "self" | "ema", the average of the weights
@@ -435,7 +438,7 @@ class GuidedMix(Supervised):
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
         given = dict(weight=weight, ramp=ramp, pairing=pairing, mix_at=mix_at, mitrans=mitrans, per_image=per_image, alignment=alignment,
-                     renorm=renorm, sure=sure, agree=agree, student=student, box=box, teacher=teacher)
+                     renorm=renorm, sure=sure, agree=agree, blend=blend, mixed=mixed, student=student, box=box, teacher=teacher)
         always = dict(decoupling=decoupling, lam_max=lam_max, alpha=alpha, threshold=threshold, mix_bn=mix_bn, memory=memory)
         chosen, channels = complete(profile, given, always), deepest_channels(net)
         super().__init__(net if chosen["mitrans"] == "off" else WithMITrans(net, chosen["mitrans"]), task, **labelled)
@@ -474,6 +477,7 @@ def guided_losses(
     else: a = plain_answers(m, x, x_w, x_s)
     z_d = decouple(a.z_m, a.guide.z, a.guide.lam, m.decoupling, m.renorm) if m.guided else a.z_u
     m.stats = statistics(z_d.detach(), a.z_u.detach(), valid)
+    if m.blend: z_d = torch.lerp(z_d.float().softmax(1), a.z_u.float().softmax(1), m.blend).clamp(min=1e-8).log()
     w = m.stats["w"] = m.weight * clock.ramp(m.ramp, "sigmoid")
     maps = z_d, valid, z_d.argmax(1) == a.z_u.argmax(1) if m.agree else valid
     if x_s is not None: maps = [cutmix(t, partner(t), box) for t in maps]   # in the frame of the mixed strong view
@@ -482,7 +486,7 @@ def guided_losses(
         m.stats |= {"lambda": a.guide.lam.mean(), "distance": a.guide.distance}
         if m.loss == "pseudo":
             told = confident(a.z_u, m.threshold) & valid if m.sure else valid
-            losses["mixed"] = w * mixed_loss(a.own_m, a.guide.y, torch.where(told, a.z_u.argmax(1), IGNORE), valid, a.guide.lam)
+            losses["mixed"] = m.mixed * w * mixed_loss(a.own_m, a.guide.y, torch.where(told, a.z_u.argmax(1), IGNORE), valid, a.guide.lam)
     if m.classify is not None:
         said = m.classify(a.f.float().mean((2, 3))).float()
         losses["alignment"] = m.alignment * F.binary_cross_entropy_with_logits(said, tags_of(y, said.shape[1]))
