@@ -336,8 +336,8 @@ def own_answers(m: "GuidedMix", x: Tensor, y: Tensor, x_w: Tensor, x_s: Tensor |
     return Answers(z, features[-1][:n], z_s[0] if z_s else z_u, z_u, z_m, z_m, guide)
 
 # %% ../nbs/30_guidedmix.ipynb #averaged-answers
-def averaged_answers(m: "GuidedMix", x: Tensor, y: Tensor, x_w: Tensor, x_s: Tensor | None, clock: Clock) -> Answers:
-    "The average of the weights pairs and teaches; the network itself sees everything in one pass"
+def averaged_answers(m: "GuidedMix", x: Tensor, y: Tensor, x_w: Tensor, x_s: Tensor | None, x_c: Tensor, clock: Clock) -> Answers:
+    "The average of the weights pairs and teaches; the network itself sees everything in one pass, its mixture with `x_c` in place of `x_w`"
     n, k, size, teacher = len(x), len(x_w), x.shape[-2:], m.ema.net
     with torch.no_grad():
         features = teacher.encode(torch.cat([x, x_w]))
@@ -346,7 +346,7 @@ def averaged_answers(m: "GuidedMix", x: Tensor, y: Tensor, x_w: Tensor, x_s: Ten
         x_m = mix(x_w, guide.x, guide.lam)
         z_m = decode(teacher, teacher.encode(x_m), size, k)
     seen, mixed = [x, x_w if x_s is None else x_s], m.loss == "pseudo"      # only L_mix needs the network's own answer to the mix
-    features = m.net.encode(torch.cat(seen + [x_m] * mixed))
+    features = m.net.encode(torch.cat(seen + [mix(x_c, guide.x, guide.lam)] * mixed))
     z, z_s, *own = decode(m.net, features, size, k * mixed).split([n, k] + [k] * mixed)
     return Answers(z, features[-1][:n], z_s, z_u, z_m, own[0] if own else None, guide)
 
@@ -363,7 +363,7 @@ def plain_answers(m: "GuidedMix", x: Tensor, x_w: Tensor, x_s: Tensor | None) ->
 
 # %% ../nbs/30_guidedmix.ipynb #profiles
 PAPER = dict(loss="joint", guided=True, weight=1.0, ramp=0.4, pairing="nearest", mix_at="input", mitrans="all", per_image=True,
-             alignment=0.1, renorm=False, sure=False, agree=False, blend=0.0, mixed=1.0, student="weak", box=0.0, teacher="self")
+             alignment=0.1, renorm=False, sure=False, agree=False, blend=0.0, mixed=1.0, mix_strong=False, student="weak", box=0.0, teacher="self")
 PROFILES = {
     "paper": PAPER,                                                         # as far as the paper is known
     "pseudo": PAPER | dict(loss="pseudo", renorm=True),                     # the decoupled answer as a hard label
@@ -426,6 +426,7 @@ class GuidedMix(Supervised):
         agree: bool | None = None,  # a hard label counts only where the decoupled and the plain answer name the same class
         blend: float | None = None,  # part of the plain answer in the pseudo mask; 0: the decoupled answer alone
         mixed: float | None = None,  # weight of L_mix, as a part of `weight`
+        mix_strong: bool | None = None,  # with teacher="ema" the student's mixture is made of the strong view
         student: str | None = None,  # which view of the unlabelled images has to agree: "weak" | "strong"
         box: float | None = None,  # part of the strong views with a CutMix box
         teacher: str | None = None,  # who gives the decoupled answer: "self" | "ema", the average of the weights
@@ -438,7 +439,7 @@ class GuidedMix(Supervised):
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
         given = dict(weight=weight, ramp=ramp, pairing=pairing, mix_at=mix_at, mitrans=mitrans, per_image=per_image, alignment=alignment,
-                     renorm=renorm, sure=sure, agree=agree, blend=blend, mixed=mixed, student=student, box=box, teacher=teacher)
+                     renorm=renorm, sure=sure, agree=agree, blend=blend, mixed=mixed, mix_strong=mix_strong, student=student, box=box, teacher=teacher)
         always = dict(decoupling=decoupling, lam_max=lam_max, alpha=alpha, threshold=threshold, mix_bn=mix_bn, memory=memory)
         chosen, channels = complete(profile, given, always), deepest_channels(net)
         super().__init__(net if chosen["mitrans"] == "off" else WithMITrans(net, chosen["mitrans"]), task, **labelled)
@@ -472,9 +473,11 @@ def guided_losses(
     if m.box > 0 and len(u) < 2: raise UserError("A single unlabelled image has no partner to paste from: give an unlabelled batch of at least 2.")
     x_w, valid = m.weak_view(u, clock)
     box = clock.boxes(x_w, m.box)
-    x_s = None if m.student == "weak" else cutmix(s := m.strong_view(x_w, clock), partner(s), box)
-    if m.guided: a = (own_answers if m.teacher == "self" else averaged_answers)(m, x, y, x_w, x_s, clock)
-    else: a = plain_answers(m, x, x_w, x_s)
+    x_c = x_w if m.student == "weak" else m.strong_view(x_w, clock)
+    x_s = None if m.student == "weak" else cutmix(x_c, partner(x_c), box)
+    if not m.guided: a = plain_answers(m, x, x_w, x_s)
+    elif m.teacher == "self": a = own_answers(m, x, y, x_w, x_s, clock)
+    else: a = averaged_answers(m, x, y, x_w, x_s, x_c if m.mix_strong else x_w, clock)
     z_d = decouple(a.z_m, a.guide.z, a.guide.lam, m.decoupling, m.renorm) if m.guided else a.z_u
     m.stats = statistics(z_d.detach(), a.z_u.detach(), valid)
     if m.blend: z_d = torch.lerp(z_d.float().softmax(1), a.z_u.float().softmax(1), m.blend).clamp(min=1e-8).log()
