@@ -235,7 +235,7 @@ class SelfTraining(Supervised):
 
     def __init__(
         self, net, task,
-        self_training: float = 0.1,  # weight of the cross-entropy with the network's own labels
+        self_training: float = 1.0,  # weight of the cross-entropy with the network's own labels; the paper: 0.1
         trust: str = "quantile",  # "quantile" | "balanced" | "absolute": what `threshold` means, see `trusted`
         threshold: float = 0.5,  # the part that is not trusted; with "absolute" the least verdict
         warmup: float = 0.1,  # part of training before which the step is the supervised one
@@ -245,9 +245,9 @@ class SelfTraining(Supervised):
         soften: float = 0.0,  # part of the certainty of a mask that is spread over the classes
         d_lr: float = 1e-4,  # of the discriminator's Adam
         d_every: int = 1,  # steps between its updates
-        student: str = "weak",  # who learns a label: the "weak" view that it comes from, as in the papers; or a "strong" view of it
-        mix: float = 0.0,  # part of the student's images that get a CutMix box; in the papers none
-        teacher: str = "self",  # who gives the labels: "self" the network, as in the papers; "ema" its average
+        student: str = "strong",  # who learns a label: a "strong" view; or the "weak" one that it comes from, as in the papers
+        mix: float = 1.0,  # part of the student's images that get a CutMix box; in the papers none
+        teacher: str = "ema",  # who gives the labels: "ema" the average; or "self" the network, as in the papers
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
         super().__init__(net, task, **labelled)
@@ -498,14 +498,13 @@ class S4GAN(SelfTraining):
     def __init__(
         self, net, task,
         feature_matching: float = 0.1,  # weight of looking like ground truth to the discriminator
-        self_training: float = 1.0,  # weight of the cross-entropy with the labels of trusted images
         mlmt: bool = False,  # True: also train the classifier, and let it gate the prediction
         keep: float = 0.2,  # a class stays where the classifier believes in it at least this much
         tag_lr: float = 2e-3,  # of the classifier's AdamW
         ndf: int = 16,  # of `ImageDiscriminator`
         **shared,  # of `SelfTraining` and `Supervised`
     ):
-        super().__init__(net, task, self_training=self_training, **shared)
+        super().__init__(net, task, **shared)
         if self.trust == "balanced": raise UserError("trust is 'balanced', but s4GAN judges whole images, not classes: choose quantile or absolute.")
         large_enough(self._size, 4)
         self.feature_matching, self.mlmt, self.keep, self.tag_lr, self.ndf = feature_matching, mlmt, keep, tag_lr, ndf

@@ -345,9 +345,12 @@ def averaged_answers(m: "GuidedMix", x: Tensor, y: Tensor, x_w: Tensor, x_s: Ten
         guide = find_partners(m, x, y, z_l, *pooled(features[-1]).split([n, k]), clock)
         x_m = mix(x_w, guide.x, guide.lam)
         z_m = decode(teacher, teacher.encode(x_m), size, k)
-    seen, mixed = [x, x_w if x_s is None else x_s], m.loss == "pseudo"      # only L_mix needs the network's own answer to the mix
-    features = m.net.encode(torch.cat(seen + [mix(x_c, guide.x, guide.lam)] * mixed))
-    z, z_s, *own = decode(m.net, features, size, k * mixed).split([n, k] + [k] * mixed)
+    student = [mix(x_c, guide.x, guide.lam)] if m.loss == "pseudo" else []  # only L_mix needs the network's own answer to a mix
+    apart = student if m.mix_bn == "eval" else []
+    seen = [x, x_w if x_s is None else x_s, *([] if apart else student)]
+    features = m.net.encode(torch.cat(seen))
+    z, z_s, *own = decode(m.net, features, size, sum(map(len, seen[2:]))).split([len(s) for s in seen])
+    with running_statistics(m.net, bool(apart)): own += [decode(m.net, m.net.encode(x_m), size, k) for x_m in apart]
     return Answers(z, features[-1][:n], z_s, z_u, z_m, own[0] if own else None, guide)
 
 
@@ -434,7 +437,7 @@ class GuidedMix(Supervised):
         lam_max: float = 0.5,  # largest part of the labelled image in a mix
         alpha: float = 1.0,  # of the Beta distribution of lambda
         threshold: float = 0.7,  # of hard labels: trust the decoupled answer above this belief
-        mix_bn: str = "batch",  # statistics of mixed images that have a pass of their own: "batch" | "eval", the running ones
+        mix_bn: str = "batch",  # BatchNorm's statistics for mixed images: those of the "batch" | "eval", the running ones
         memory: int = 64,  # labelled views that pairing="bank" remembers
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
