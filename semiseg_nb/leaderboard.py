@@ -100,7 +100,8 @@ NAMES = {
     "supervised": "supervised, last weights", "supervised_strong": "supervised, strong views, last weights",
     "supervised_ema": "supervised, averaged weights", "uda": "UDA", "temporal": "Temporal Ensembling", "mean_teacher": "Mean Teacher",
     "cct": "CCT", "cct_weak": "CCT with tags", "cutmix": "CutMix-Seg", "classmix": "ClassMix", "fixmatch": "FixMatch", "cps": "CPS",
-    "unimatch": "UniMatch", "unimatch_v2": "UniMatch V2",
+    "unimatch": "UniMatch", "unimatch_v2": "UniMatch V2", "advsemiseg": "AdvSemiSeg", "s4gan": "s4GAN", "continuation": "Seg-GAN, continued",
+    "guidedmix": "GuidedMix-Net",
 }
 
 
