@@ -166,7 +166,7 @@ def fresh_masks(
     clock: Clock,
     device=None,
 ) -> Tensor:  # (n,H,W) int64
-    "Masks of a third stream, shuffled on its own: not those of the images in this batch"
+    "Masks of a third stream, shuffled on its own, whatever images are in this batch"
     index = Stream(labelled, n * clock.world, clock.seed + 2, rank=clock.rank, world=clock.world).batch(clock.step)
     y = labelled.masks.index_select(0, torch.tensor(index))
     if labelled.crop:
@@ -339,6 +339,7 @@ class AdvSemiSeg(SelfTraining):
         self, net, task,
         adversarial: float = 0.01,  # weight of fooling the discriminator on labelled images
         adversarial_u: float = 0.001,  # and on unlabelled ones
+        trust: str = "balanced", threshold: float = 0.2,  # of `SelfTraining`: all but the worst fifth of each class
         judge: str = "discriminator",  # who says which labels to trust: "discriminator" | "confidence" of the network itself
         norm: str = "selected",  # mean over the "selected" pixels, as in the paper, or over "all"
         fakes: str = "both",  # whose predictions the discriminator learns to tell: "both" | "labelled", as the paper says
@@ -348,7 +349,7 @@ class AdvSemiSeg(SelfTraining):
         n_layers: int = 3,  # of `FCDiscriminator`
         **shared,  # of `SelfTraining` and `Supervised`
     ):
-        super().__init__(net, task, **shared)
+        super().__init__(net, task, trust=trust, threshold=threshold, **shared)
         self.adversarial, self.adversarial_u, self.judge, self.norm = adversarial, adversarial_u, judge, norm
         self.fakes, self.borrow, self.diffuse, self.ndf, self.n_layers = fakes, borrow, diffuse, ndf, n_layers
         check_settings(self)

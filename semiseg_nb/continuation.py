@@ -355,8 +355,8 @@ def result_rows(
 
 def result_table(rows: list[dict]) -> str:
     "The rows as Markdown; scores and differences in points of mIoU"
-    def points(v, form=".1f"): return "" if v is None else f"{100 * v:{form}}"
+    def points(v, form=".1f"): return "" if v is None else f"{round(100 * v, 1) + 0.0:{form}}"       # + 0.0: no "-0.0"
     cells = [["row", "seed", "start", "control", "mIoU", "over the start", "over the control"], ["---"] * 7]
     cells += [[r["row"], str(r["seed"]), points(r["start"]), points(r["control"]), points(r["miou"]), points(r["miou"] - r["start"], "+.1f"),
-               points(r["delta"], "+.1f")] for r in rows]
+               "" if r["row"] == "control" else points(r["delta"], "+.1f")] for r in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -481,9 +481,10 @@ def guided_losses(
     else: a = plain_answers(m, x, x_w, x_s)
     z_d = decouple(a.z_m, a.guide.z, a.guide.lam, m.decoupling, m.renorm) if m.guided else a.z_u
     m.stats = statistics(z_d.detach(), a.z_u.detach(), valid)
+    same = z_d.argmax(1) == a.z_u.argmax(1) if m.agree else valid
     if m.blend: z_d = torch.lerp(z_d.float().softmax(1), a.z_u.float().softmax(1), m.blend).clamp(min=1e-8).log()
     w = m.stats["w"] = m.weight * clock.ramp(m.ramp, "sigmoid")
-    maps = z_d, valid, z_d.argmax(1) == a.z_u.argmax(1) if m.agree else valid
+    maps = z_d, valid, same
     if x_s is not None: maps = [cutmix(t, partner(t), box) for t in maps]   # in the frame of the mixed strong view
     losses = {"pairs": w * pair_loss(m.loss, a.z_s, *maps[:2], m.threshold, maps[2])}
     if m.guided:

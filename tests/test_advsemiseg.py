@@ -255,7 +255,7 @@ def test_threshold_zero_is_plain_pseudo_labelling_without_a_discriminator(task):
 
 # 7
 def test_self_training_has_constant_labels_and_a_constant_mask(task):
-    m = method(task, adversarial=0.0, adversarial_u=0.0, self_training=1.0)
+    m = method(task, adversarial=0.0, adversarial_u=0.0, trust="quantile", threshold=0.5)
     m.net.eval()
     lab, unl = batch(task)
     losses = next(m.updates(lab, unl, Clock(50, 100)))[1]

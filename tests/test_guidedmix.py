@@ -271,6 +271,14 @@ def test_the_plain_answer_can_take_any_part_of_the_pseudo_mask(task):
     assert "mixed" not in losses(mixed=0.0)
 
 
+def test_agreement_is_asked_of_the_decoupled_answer_and_not_of_the_blend(task):
+    def loss(agree):
+        method, rng = make(task, threshold=0.0, blend=1.0, agree=agree), generator(0, "weights")
+        with torch.no_grad(): [p.add_(torch.randn(p.shape, generator=rng)) for p in method.ema.parameters()]       # it has opinions now
+        return losses_of(method, task)["pairs"]
+    assert 0 < loss(True) < loss(False)
+
+
 def test_the_labelled_answer_is_fixed_in_a_whole_step(task):
     "What the losses on pairs send to a network that mixes features goes through the features, never through the partner's logits"
     method = make(task, profile="paper", mitrans="off", alignment=0.0)
