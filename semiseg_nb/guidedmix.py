@@ -412,7 +412,6 @@ def check_settings(chosen: dict) -> None:
 class GuidedMix(Supervised):
     "GuidedMix-Net (arXiv 2106.15064): a labelled image is mixed into an unlabelled one, and taken out of the answer again"
     uses_unlabelled = True
-
     def __init__(
         self,
         net: nn.Module,  # a `Segmenter`

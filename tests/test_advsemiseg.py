@@ -419,7 +419,7 @@ def test_norm_all_weighs_by_the_trusted_part(task):
 
 
 def test_confidence_can_be_the_judge(task):
-    m = method(task, judge="confidence", adversarial=0, adversarial_u=0)
+    m = method(task, judge="confidence", trust="quantile", threshold=0.5, adversarial=0, adversarial_u=0)
     assert not m.judged and set(updates(m, task)) == {"net"} and m.stats["kept"].item() == pytest.approx(0.5, abs=0.01)
 
 
