@@ -166,7 +166,7 @@ def fresh_masks(
     clock: Clock,
     device=None,
 ) -> Tensor:  # (n,H,W) int64
-    "Masks of a third stream, shuffled on its own: not those of the images in this batch"
+    "Masks of a third stream, shuffled on its own, whatever images are in this batch"
     index = Stream(labelled, n * clock.world, clock.seed + 2, rank=clock.rank, world=clock.world).batch(clock.step)
     y = labelled.masks.index_select(0, torch.tensor(index))
     if labelled.crop:
@@ -235,7 +235,7 @@ class SelfTraining(Supervised):
 
     def __init__(
         self, net, task,
-        self_training: float = 0.1,  # weight of the cross-entropy with the network's own labels
+        self_training: float = 1.0,  # weight of the cross-entropy with the network's own labels; the paper: 0.1
         trust: str = "quantile",  # "quantile" | "balanced" | "absolute": what `threshold` means, see `trusted`
         threshold: float = 0.5,  # the part that is not trusted; with "absolute" the least verdict
         warmup: float = 0.1,  # part of training before which the step is the supervised one
@@ -245,9 +245,9 @@ class SelfTraining(Supervised):
         soften: float = 0.0,  # part of the certainty of a mask that is spread over the classes
         d_lr: float = 1e-4,  # of the discriminator's Adam
         d_every: int = 1,  # steps between its updates
-        student: str = "weak",  # who learns a label: the "weak" view that it comes from, as in the papers; or a "strong" view of it
-        mix: float = 0.0,  # part of the student's images that get a CutMix box; in the papers none
-        teacher: str = "self",  # who gives the labels: "self" the network, as in the papers; "ema" its average
+        student: str = "strong",  # who learns a label: a "strong" view; or the "weak" one that it comes from, as in the papers
+        mix: float = 1.0,  # part of the student's images that get a CutMix box; in the papers none
+        teacher: str = "ema",  # who gives the labels: "ema" the average; or "self" the network, as in the papers
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
         super().__init__(net, task, **labelled)
@@ -339,6 +339,7 @@ class AdvSemiSeg(SelfTraining):
         self, net, task,
         adversarial: float = 0.01,  # weight of fooling the discriminator on labelled images
         adversarial_u: float = 0.001,  # and on unlabelled ones
+        trust: str = "balanced", threshold: float = 0.2,  # of `SelfTraining`: all but the worst fifth of each class
         judge: str = "discriminator",  # who says which labels to trust: "discriminator" | "confidence" of the network itself
         norm: str = "selected",  # mean over the "selected" pixels, as in the paper, or over "all"
         fakes: str = "both",  # whose predictions the discriminator learns to tell: "both" | "labelled", as the paper says
@@ -348,7 +349,7 @@ class AdvSemiSeg(SelfTraining):
         n_layers: int = 3,  # of `FCDiscriminator`
         **shared,  # of `SelfTraining` and `Supervised`
     ):
-        super().__init__(net, task, **shared)
+        super().__init__(net, task, trust=trust, threshold=threshold, **shared)
         self.adversarial, self.adversarial_u, self.judge, self.norm = adversarial, adversarial_u, judge, norm
         self.fakes, self.borrow, self.diffuse, self.ndf, self.n_layers = fakes, borrow, diffuse, ndf, n_layers
         check_settings(self)
@@ -498,14 +499,13 @@ class S4GAN(SelfTraining):
     def __init__(
         self, net, task,
         feature_matching: float = 0.1,  # weight of looking like ground truth to the discriminator
-        self_training: float = 1.0,  # weight of the cross-entropy with the labels of trusted images
         mlmt: bool = False,  # True: also train the classifier, and let it gate the prediction
         keep: float = 0.2,  # a class stays where the classifier believes in it at least this much
         tag_lr: float = 2e-3,  # of the classifier's AdamW
         ndf: int = 16,  # of `ImageDiscriminator`
         **shared,  # of `SelfTraining` and `Supervised`
     ):
-        super().__init__(net, task, self_training=self_training, **shared)
+        super().__init__(net, task, **shared)
         if self.trust == "balanced": raise UserError("trust is 'balanced', but s4GAN judges whole images, not classes: choose quantile or absolute.")
         large_enough(self._size, 4)
         self.feature_matching, self.mlmt, self.keep, self.tag_lr, self.ndf = feature_matching, mlmt, keep, tag_lr, ndf

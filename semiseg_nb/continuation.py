@@ -289,16 +289,16 @@ class Continuation(CCT):
         signal: str = "gate",  # of the tags: "gate" | "pseudo" | "mil" | "gate+pseudo"
         adversarial: float = 0.01,  # weight of fooling the discriminator on labelled images
         adversarial_u: float = 0.001,  # and on unlabelled ones
-        self_training: float = 0.1,  # weight of the network's own labels
-        judge: str = "discriminator",  # who says which own labels to trust: "discriminator" | "confidence" of the network itself
-        trust: str = "quantile",  # "quantile" | "absolute": what `threshold` means, see `trusted`
-        threshold: float = 0.5,  # "quantile": the part that is not trusted; "absolute": the least verdict; 0 trusts everywhere
+        self_training: float = 1.0,  # weight of the network's own labels; the paper: 0.1
+        judge: str = "confidence",  # who says which own labels to trust: "confidence" of the network itself | "discriminator", as in the paper
+        trust: str = "absolute",  # "absolute" | "quantile": what `threshold` means, see `trusted`
+        threshold: float = 0.8,  # "quantile": the part that is not trusted; "absolute": the least verdict; 0 trusts everywhere
         weak_weight: float = 0.4, mil_weight: float = 0.1,  # of the pseudo-masks, and of `tag_loss`
         warmup: float = 0.25,  # part of training in which the discriminator learns alone
         freeze_bn: bool = True,  # BatchNorm keeps the averages of the start
-        student: str = "weak",  # who learns the own labels: "weak" the view that they come from, as in the paper; "strong" a strong view of it
-        mix: float = 0.0,  # part of the student's images that get a CutMix box; the paper: none
-        teacher: str = "self",  # who gives the own labels: "self" the network, as in the paper; "ema" its average
+        student: str = "strong",  # who learns the own labels: a "strong" view | "weak", the view that they come from, as in the paper
+        mix: float = 1.0,  # part of the student's images that get a CutMix box; the paper: none
+        teacher: str = "ema",  # who gives the own labels: "ema" the average | "self" the network, as in the paper
         void: str = "match", smooth: float = 0.1, soften: float = 0.0, ndf: int = 16, n_layers: int = 3, d_lr: float = 2e-4,  # as in `AdvSemiSeg`
         pseudo: Tensor | None = None, tag_steps: int = 300, accelerator=None,  # pseudo-masks; None: made in so many steps where needed
         views: str = "weak", n: int = 2, strength: float = 0.5,  # of `Supervised`
@@ -355,8 +355,8 @@ def result_rows(
 
 def result_table(rows: list[dict]) -> str:
     "The rows as Markdown; scores and differences in points of mIoU"
-    def points(v, form=".1f"): return "" if v is None else f"{100 * v:{form}}"
+    def points(v, form=".1f"): return "" if v is None else f"{round(100 * v, 1) + 0.0:{form}}"       # + 0.0: no "-0.0"
     cells = [["row", "seed", "start", "control", "mIoU", "over the start", "over the control"], ["---"] * 7]
     cells += [[r["row"], str(r["seed"]), points(r["start"]), points(r["control"]), points(r["miou"]), points(r["miou"] - r["start"], "+.1f"),
-               points(r["delta"], "+.1f")] for r in rows]
+               "" if r["row"] == "control" else points(r["delta"], "+.1f")] for r in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)

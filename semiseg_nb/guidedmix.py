@@ -336,8 +336,8 @@ def own_answers(m: "GuidedMix", x: Tensor, y: Tensor, x_w: Tensor, x_s: Tensor |
     return Answers(z, features[-1][:n], z_s[0] if z_s else z_u, z_u, z_m, z_m, guide)
 
 # %% ../nbs/30_guidedmix.ipynb #averaged-answers
-def averaged_answers(m: "GuidedMix", x: Tensor, y: Tensor, x_w: Tensor, x_s: Tensor | None, x_c: Tensor, clock: Clock) -> Answers:
-    "The average of the weights pairs and teaches; the network itself sees everything in one pass, its mixture with `x_c` in place of `x_w`"
+def averaged_answers(m: "GuidedMix", x: Tensor, y: Tensor, x_w: Tensor, x_s: Tensor | None, clock: Clock) -> Answers:
+    "The average of the weights pairs and teaches; the network itself sees everything in one pass"
     n, k, size, teacher = len(x), len(x_w), x.shape[-2:], m.ema.net
     with torch.no_grad():
         features = teacher.encode(torch.cat([x, x_w]))
@@ -345,9 +345,12 @@ def averaged_answers(m: "GuidedMix", x: Tensor, y: Tensor, x_w: Tensor, x_s: Ten
         guide = find_partners(m, x, y, z_l, *pooled(features[-1]).split([n, k]), clock)
         x_m = mix(x_w, guide.x, guide.lam)
         z_m = decode(teacher, teacher.encode(x_m), size, k)
-    seen, mixed = [x, x_w if x_s is None else x_s], m.loss == "pseudo"      # only L_mix needs the network's own answer to the mix
-    features = m.net.encode(torch.cat(seen + [mix(x_c, guide.x, guide.lam)] * mixed))
-    z, z_s, *own = decode(m.net, features, size, k * mixed).split([n, k] + [k] * mixed)
+    student = [x_m] if m.loss == "pseudo" and m.mixed else []              # only L_mix needs the network's own answer to a mix
+    apart = student if m.mix_bn == "eval" else []
+    seen = [x, x_w if x_s is None else x_s, *([] if apart else student)]
+    features = m.net.encode(torch.cat(seen))
+    z, z_s, *own = decode(m.net, features, size, sum(map(len, seen[2:]))).split([len(s) for s in seen])
+    with running_statistics(m.net, bool(apart)): own += [decode(m.net, m.net.encode(x_m), size, k) for x_m in apart]
     return Answers(z, features[-1][:n], z_s, z_u, z_m, own[0] if own else None, guide)
 
 
@@ -363,12 +366,12 @@ def plain_answers(m: "GuidedMix", x: Tensor, x_w: Tensor, x_s: Tensor | None) ->
 
 # %% ../nbs/30_guidedmix.ipynb #profiles
 PAPER = dict(loss="joint", guided=True, weight=1.0, ramp=0.4, pairing="nearest", mix_at="input", mitrans="all", per_image=True,
-             alignment=0.1, renorm=False, sure=False, agree=False, blend=0.0, mixed=1.0, mix_strong=False, student="weak", box=0.0, teacher="self")
+             alignment=0.1, renorm=False, sure=False, agree=False, blend=0.0, mixed=1.0, lam_max=0.5, student="weak", box=0.0, teacher="self")
 PROFILES = {
     "paper": PAPER,                                                         # as far as the paper is known
     "pseudo": PAPER | dict(loss="pseudo", renorm=True),                     # the decoupled answer as a hard label
     "released": PAPER | dict(loss="focal", weight=10.0, ramp=0.0, pairing="random", mix_at="features", mitrans="off", per_image=False, alignment=0.0),
-    "strong": PAPER | dict(loss="pseudo", renorm=True, sure=True, student="strong", box=1.0, teacher="ema"),         # beyond the paper
+    "strong": PAPER | dict(loss="pseudo", renorm=True, sure=True, blend=0.5, mixed=0.0, lam_max=0.3, student="strong", box=1.0, teacher="ema"),
     "plain": PAPER | dict(loss="pseudo", guided=False, mitrans="off", alignment=0.0, student="strong", box=1.0, teacher="ema"),  # the control
 }
 
@@ -376,7 +379,8 @@ PROFILES = {
 def complete(profile: str, given: dict, always: dict) -> dict:
     "The settings of a profile, with those that are not None changed; raises `UserError` for what cannot work"
     own = PROFILES[one_of(profile, PROFILES, "profile")]
-    chosen = own | {k: v for k, v in given.items() if v is not None} | always | {"profile": profile, "lam_min": min(0.05, always["lam_max"])}
+    chosen = own | {k: v for k, v in given.items() if v is not None} | always | {"profile": profile}
+    chosen["lam_min"] = min(0.05, chosen["lam_max"])
     if chosen["weight"] == 0 and given["mitrans"] is None: chosen["mitrans"] = "off"          # then the network is the baseline's too
     check_settings(chosen)
     return chosen
@@ -397,8 +401,8 @@ def check_settings(chosen: dict) -> None:
         raise UserError(f"profile 'released' does not go with {beyond[0]}: there the mixed side is the student; take 'paper' or 'pseudo'.")
     if chosen["box"] > 0 and chosen["student"] == "weak":
         raise UserError(f"box is {chosen['box']}, but only a strong view gets one: take student='strong', or box=0.")
-    if chosen["loss"] == "joint" and chosen["teacher"] == "ema" and chosen["mitrans"] == "mix":
-        raise UserError("mitrans='mix' would never be trained, because with teacher='ema' only the average sees mixed images: take mitrans='all'.")
+    if (chosen["loss"] == "joint" or not chosen["mixed"]) and chosen["teacher"] == "ema" and chosen["mitrans"] == "mix":
+        raise UserError("mitrans='mix' would never be trained, because here only the average sees mixed images: take mitrans='all', or mixed=1 in 'pseudo'.")
     if chosen["mix_at"] == "features" and (chosen["teacher"] == "ema" or chosen["pairing"] == "bank"):
         raise UserError("mix_at='features' needs the maps of this very pass: take teacher='self' and a pairing other than 'bank'.")
     if not chosen["guided"] and chosen["mitrans"] != "off":
@@ -408,7 +412,6 @@ def check_settings(chosen: dict) -> None:
 class GuidedMix(Supervised):
     "GuidedMix-Net (arXiv 2106.15064): a labelled image is mixed into an unlabelled one, and taken out of the answer again"
     uses_unlabelled = True
-
     def __init__(
         self,
         net: nn.Module,  # a `Segmenter`
@@ -426,21 +429,20 @@ class GuidedMix(Supervised):
         agree: bool | None = None,  # a hard label counts only where the decoupled and the plain answer name the same class
         blend: float | None = None,  # part of the plain answer in the pseudo mask; 0: the decoupled answer alone
         mixed: float | None = None,  # weight of L_mix, as a part of `weight`
-        mix_strong: bool | None = None,  # with teacher="ema" the student's mixture is made of the strong view
         student: str | None = None,  # which view of the unlabelled images has to agree: "weak" | "strong"
         box: float | None = None,  # part of the strong views with a CutMix box
         teacher: str | None = None,  # who gives the decoupled answer: "self" | "ema", the average of the weights
+        lam_max: float | None = None,  # largest part of the labelled image in a mix
         decoupling: str = "soft",  # "soft" | "hard" | "none"
-        lam_max: float = 0.5,  # largest part of the labelled image in a mix
         alpha: float = 1.0,  # of the Beta distribution of lambda
         threshold: float = 0.7,  # of hard labels: trust the decoupled answer above this belief
-        mix_bn: str = "batch",  # statistics of mixed images that have a pass of their own: "batch" | "eval", the running ones
+        mix_bn: str = "batch",  # BatchNorm's statistics for mixed images: those of the "batch" | "eval", the running ones
         memory: int = 64,  # labelled views that pairing="bank" remembers
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
         given = dict(weight=weight, ramp=ramp, pairing=pairing, mix_at=mix_at, mitrans=mitrans, per_image=per_image, alignment=alignment,
-                     renorm=renorm, sure=sure, agree=agree, blend=blend, mixed=mixed, mix_strong=mix_strong, student=student, box=box, teacher=teacher)
-        always = dict(decoupling=decoupling, lam_max=lam_max, alpha=alpha, threshold=threshold, mix_bn=mix_bn, memory=memory)
+                     renorm=renorm, sure=sure, agree=agree, blend=blend, mixed=mixed, lam_max=lam_max, student=student, box=box, teacher=teacher)
+        always = dict(decoupling=decoupling, alpha=alpha, threshold=threshold, mix_bn=mix_bn, memory=memory)
         chosen, channels = complete(profile, given, always), deepest_channels(net)
         super().__init__(net if chosen["mitrans"] == "off" else WithMITrans(net, chosen["mitrans"]), task, **labelled)
         vars(self).update(chosen)
@@ -473,21 +475,20 @@ def guided_losses(
     if m.box > 0 and len(u) < 2: raise UserError("A single unlabelled image has no partner to paste from: give an unlabelled batch of at least 2.")
     x_w, valid = m.weak_view(u, clock)
     box = clock.boxes(x_w, m.box)
-    x_c = x_w if m.student == "weak" else m.strong_view(x_w, clock)
-    x_s = None if m.student == "weak" else cutmix(x_c, partner(x_c), box)
-    if not m.guided: a = plain_answers(m, x, x_w, x_s)
-    elif m.teacher == "self": a = own_answers(m, x, y, x_w, x_s, clock)
-    else: a = averaged_answers(m, x, y, x_w, x_s, x_c if m.mix_strong else x_w, clock)
+    x_s = None if m.student == "weak" else cutmix(s := m.strong_view(x_w, clock), partner(s), box)
+    if m.guided: a = (own_answers if m.teacher == "self" else averaged_answers)(m, x, y, x_w, x_s, clock)
+    else: a = plain_answers(m, x, x_w, x_s)
     z_d = decouple(a.z_m, a.guide.z, a.guide.lam, m.decoupling, m.renorm) if m.guided else a.z_u
     m.stats = statistics(z_d.detach(), a.z_u.detach(), valid)
+    same = z_d.argmax(1) == a.z_u.argmax(1) if m.agree else valid
     if m.blend: z_d = torch.lerp(z_d.float().softmax(1), a.z_u.float().softmax(1), m.blend).clamp(min=1e-8).log()
     w = m.stats["w"] = m.weight * clock.ramp(m.ramp, "sigmoid")
-    maps = z_d, valid, z_d.argmax(1) == a.z_u.argmax(1) if m.agree else valid
+    maps = z_d, valid, same
     if x_s is not None: maps = [cutmix(t, partner(t), box) for t in maps]   # in the frame of the mixed strong view
     losses = {"pairs": w * pair_loss(m.loss, a.z_s, *maps[:2], m.threshold, maps[2])}
     if m.guided:
         m.stats |= {"lambda": a.guide.lam.mean(), "distance": a.guide.distance}
-        if m.loss == "pseudo":
+        if m.loss == "pseudo" and m.mixed:
             told = confident(a.z_u, m.threshold) & valid if m.sure else valid
             losses["mixed"] = m.mixed * w * mixed_loss(a.own_m, a.guide.y, torch.where(told, a.z_u.argmax(1), IGNORE), valid, a.guide.lam)
     if m.classify is not None:

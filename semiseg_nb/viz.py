@@ -79,13 +79,13 @@ def _axes(rows: int, columns: int, width: float, height: float, extra: float = 0
     return fig, axes
 
 
-def _draw(ax, picture, palette=None) -> None:
+def _draw(ax, picture, palette=None, limits=(None, None)) -> None:
     "Draw an image (3,H,W) or (H,W,3), a mask of integers (H,W), or a map of floats or bools (H,W)"
     x = to_numpy(picture)
     if x.ndim == 3 and x.shape[0] == 1: x = x[0]
     if x.ndim == 2 and np.issubdtype(x.dtype, np.integer): ax.imshow(mask_to_rgb(x, palette), interpolation="nearest")
     elif x.dtype == bool: ax.imshow(x, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    elif x.ndim == 2: ax.imshow(x, cmap="viridis", interpolation="nearest")
+    elif x.ndim == 2: ax.imshow(x, cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest")
     elif x.ndim == 3 and x.shape[-1] == 3 and x.shape[0] != 3: ax.imshow(x, interpolation="nearest")  # from `overlay`
     else: ax.imshow(image_to_rgb(x), interpolation="nearest")
 
@@ -97,6 +97,7 @@ def show_grid(
     palette=None,  # of the masks
     cell: float = 2.0,  # inches per picture
     title: str | None = None,  # of the whole figure: say what to see
+    limits: tuple = (None, None),  # of the colours of float maps, e.g. (0, 1); None: each map its own
 ) -> Figure:
     "Pictures side by side: images (3,H,W), masks of integers (H,W), maps of floats or bools (H,W)"
     images = list(images)
@@ -106,7 +107,7 @@ def show_grid(
     h, w = shape[:2] if shape[-1] == 3 else shape[-2:]
     rows, height = math.ceil(len(images) / columns), cell * h / w + 0.3 * bool(titles)
     fig, axes = _axes(rows, columns, cell, height, 0.3 * bool(title))
-    for ax, picture in zip(axes.flat, images): _draw(ax, picture, palette)
+    for ax, picture in zip(axes.flat, images): _draw(ax, picture, palette, limits)
     for ax, text in zip(axes.flat, titles or []): ax.set_title(text, fontsize=9)
     if title: fig.suptitle(title, fontsize=11)
     return fig

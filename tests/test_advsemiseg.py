@@ -255,7 +255,7 @@ def test_threshold_zero_is_plain_pseudo_labelling_without_a_discriminator(task):
 
 # 7
 def test_self_training_has_constant_labels_and_a_constant_mask(task):
-    m = method(task, adversarial=0.0, adversarial_u=0.0, self_training=1.0)
+    m = method(task, adversarial=0.0, adversarial_u=0.0, trust="quantile", threshold=0.5)
     m.net.eval()
     lab, unl = batch(task)
     losses = next(m.updates(lab, unl, Clock(50, 100)))[1]
@@ -419,7 +419,7 @@ def test_norm_all_weighs_by_the_trusted_part(task):
 
 
 def test_confidence_can_be_the_judge(task):
-    m = method(task, judge="confidence", adversarial=0, adversarial_u=0)
+    m = method(task, judge="confidence", trust="quantile", threshold=0.5, adversarial=0, adversarial_u=0)
     assert not m.judged and set(updates(m, task)) == {"net"} and m.stats["kept"].item() == pytest.approx(0.5, abs=0.01)
 
 

@@ -267,7 +267,16 @@ def test_the_plain_answer_can_take_any_part_of_the_pseudo_mask(task):
     whole, none = losses(**soft, blend=1.0), losses(**soft, blend=1.0, decoupling="none")
     assert torch.equal(whole["pairs"], none["pairs"]) and whole["pairs"] > 0
     assert not torch.equal(losses(**soft, blend=0.5)["pairs"], losses(**soft, blend=0.5, decoupling="none")["pairs"])
-    torch.testing.assert_close(losses(blend=1.0, mixed=0.25)["mixed"], 0.25 * losses(blend=1.0, mixed=1.0)["mixed"])
+    torch.testing.assert_close(losses(mixed=0.25)["mixed"], 0.25 * losses(mixed=1.0)["mixed"])
+    assert "mixed" not in losses(mixed=0.0)
+
+
+def test_agreement_is_asked_of_the_decoupled_answer_and_not_of_the_blend(task):
+    def loss(agree):
+        method, rng = make(task, threshold=0.0, blend=1.0, agree=agree), generator(0, "weights")
+        with torch.no_grad(): [p.add_(torch.randn(p.shape, generator=rng)) for p in method.ema.parameters()]       # it has opinions now
+        return losses_of(method, task)["pairs"]
+    assert 0 < loss(True) < loss(False)
 
 
 def test_the_labelled_answer_is_fixed_in_a_whole_step(task):
@@ -428,7 +437,7 @@ def test_the_second_head_has_no_idle_weights_and_is_dropped_for_prediction(task)
 
 
 # all profiles
-@pytest.mark.parametrize("kw", [*(dict(profile=p) for p in PROFILES), dict(mitrans="mix"), dict(profile="plain", teacher="self"),
+@pytest.mark.parametrize("kw", [*(dict(profile=p) for p in PROFILES), dict(mitrans="mix", mixed=1.0), dict(profile="plain", teacher="self"),
                                 dict(student="weak", box=0)])
 def test_every_weight_gets_a_gradient_and_the_average_none(task, kw):
     method = make(task, threshold=0.0, **kw)
@@ -497,7 +506,8 @@ def test_tags_are_the_classes_of_a_mask():
     (dict(profile="paper", box=0.5), "only a strong view gets one: take student='strong', or box=0"),
     (dict(profile="released", teacher="ema"), "profile 'released' does not go with teacher='ema'"),
     (dict(profile="plain", mitrans="all"), "mitrans='all' does not go with profile 'plain'"),
-    (dict(profile="paper", teacher="ema", mitrans="mix"), "mitrans='mix' would never be trained")])
+    (dict(profile="paper", teacher="ema", mitrans="mix"), "mitrans='mix' would never be trained"),
+    (dict(mitrans="mix"), "mitrans='mix' would never be trained"), (dict(blend=1.5), "blend is 1.5"), (dict(mixed=-1.0), "mixed is -1.0")])
 def test_settings_that_make_no_sense_are_refused_before_training(task, kw, text):
     with pytest.raises(UserError, match=text): make(task, **kw)
 
