@@ -21,7 +21,8 @@ from semiseg_nb.models import build_model
 from semiseg_nb.out_of_domain import KEPT, PAIRED, colour_views, scores, shifts, with_statistics, with_target
 from semiseg_nb.phases import Plan, run_phases, settings_of_phase, whole_run
 from semiseg_nb.records import make_record, settings_of, write_record
-from semiseg_nb.semanticgan import SemanticEncoder, SemanticGAN, load_pairs
+from semiseg_nb.semanticgan import SemanticEncoder, SemanticGAN
+from semiseg_nb.stylegan2 import load_pairs
 from semiseg_nb.supervised import Supervised
 from semiseg_nb.uda import UDA
 

@@ -17,7 +17,8 @@ from semiseg_nb.core import UserError, seed_everything
 from semiseg_nb.data import Labelled
 from semiseg_nb.engine import evaluate, fit, make_accelerator
 from semiseg_nb.records import make_record, settings_of, write_record
-from semiseg_nb.semanticgan import SemanticEncoder, SemanticGAN, agreement, chosen, fit_oracle, load_pairs, save_semantic, share_distance
+from semiseg_nb.semanticgan import SemanticEncoder, SemanticGAN, agreement, fit_oracle, save_semantic, share_distance
+from semiseg_nb.stylegan2 import chosen, load_pairs
 
 SWEEP = {
     "as above": {}, "patch of 34 pixels": {"n_layers": 2}, "one scale": {"n_scales": 1}, "half the channels": {"ndf": 12},

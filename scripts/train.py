@@ -10,6 +10,7 @@ from semiseg_nb.advsemiseg import S4GAN, AdvSemiSeg
 from semiseg_nb.cct import CCT, CCTWeak
 from semiseg_nb.continuation import Continuation, load_start, start_label
 from semiseg_nb.core import UserError, seed_everything
+from semiseg_nb.cyclegan import MaskCycle
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import evaluate, fit, save_weights
 from semiseg_nb.guidedmix import GuidedMix
@@ -22,7 +23,8 @@ from semiseg_nb.unimatch import CPS, ClassMix, CutMixSeg, FixMatch, UniMatch, Un
 
 METHODS = {"supervised": Supervised, "uda": UDA, "temporal": TemporalEnsembling, "mean_teacher": MeanTeacher, "cct": CCT, "cct_weak": CCTWeak,
            "cutmix": CutMixSeg, "classmix": ClassMix, "fixmatch": FixMatch, "cps": CPS, "unimatch": UniMatch, "unimatch_v2": UniMatchV2,
-           "advsemiseg": AdvSemiSeg, "s4gan": S4GAN, "continuation": Continuation, "guidedmix": GuidedMix}
+           "advsemiseg": AdvSemiSeg, "s4gan": S4GAN, "continuation": Continuation, "guidedmix": GuidedMix,
+           "cyclegan": MaskCycle}
 
 
 def arguments():

@@ -106,7 +106,7 @@ NAMES = {
     "supervised_ema": "supervised, averaged weights", "uda": "UDA", "temporal": "Temporal Ensembling", "mean_teacher": "Mean Teacher",
     "cct": "CCT", "cct_weak": "CCT with tags", "cutmix": "CutMix-Seg", "classmix": "ClassMix", "fixmatch": "FixMatch", "cps": "CPS",
     "unimatch": "UniMatch", "unimatch_v2": "UniMatch V2", "advsemiseg": "AdvSemiSeg", "s4gan": "s4GAN", "continuation": "Seg-GAN, continued",
-    "guidedmix": "GuidedMix-Net",
+    "guidedmix": "GuidedMix-Net", "semanticgan": "SemanticGAN", "cyclegan": "CycleGAN between images and masks", "phases": "SemGAN in three phases",
 }
 
 

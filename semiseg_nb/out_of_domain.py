@@ -18,7 +18,7 @@ from .core import UserError, in_range, one_of
 from .data import SCENES, Images, Labelled, Task, load_split, one_pass
 from .engine import evaluate
 from .scenes import STYLES
-from .semanticgan import PORTRAITS, portraits
+from .stylegan2 import PORTRAITS, portraits
 
 # %% ../nbs/44_out_of_domain.ipynb #styled
 PAIRED = ("portraits", "scenes")  # generated: any layout in any style

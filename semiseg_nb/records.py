@@ -32,9 +32,9 @@ IDENTITY = ("method", "profile", "seed", "model", "encoder", "pretrained", "data
 
 # %% ../nbs/08_records.ipynb #build
 def profile_of(dataset: str, steps: int) -> str:
-    "'smoke' for a run too short to learn, 'lesson' on generated scenes, 'real' otherwise"
+    "'smoke' for a run too short to learn, 'lesson' on generated images, 'real' otherwise"
     if steps < 100: return "smoke"
-    return "lesson" if dataset == "scenes" else "real"
+    return "lesson" if dataset in ("scenes", "portraits") else "real"
 
 
 def settings_of(

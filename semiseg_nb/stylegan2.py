@@ -43,13 +43,16 @@ def one_object(
 ) -> tuple:  # (M,) row of each window in `masks`, (M,) its class, (M,2) its top and left
     "Windows that hold one whole object and little else: at most one for every image and class"
     hot = F.one_hot(masks.long(), n_classes).movedim(3, 1)[:, 1:].float()                 # objects only
-    whole = box_sums(hot, side)                                                           # pixels of each class, for every place of the window
-    inner = box_sums(hot, side - 4)[..., 2:-2, 2:-2]                                      # without a rim of two pixels
-    score = inner - 2 * (whole.sum(1, keepdim=True) - whole) - 6 * (whole - inner)        # the object; other objects; what is cut off
-    best, at = score.flatten(2).max(2)
-    rows, kinds = (best > 0.15 * side**2).nonzero().unbind(1)
+    def count(m):
+        "Pixels of each class inside every window, without a rim of m pixels"
+        inside = box_sums(hot, side - 2 * m)
+        return inside[..., m:inside.shape[-2] - m, m:inside.shape[-1] - m]
+    whole, inner = count(0), count(2)
+    fits = inner - 2 * (whole.sum(1, keepdim=True) - whole) - 6 * (whole - inner)        # the object; other objects; what is cut off
+    at = (fits + count(side // 4) + count(3 * side // 8)).flatten(2).argmax(2)            # and in the middle, please
+    rows, kinds = (fits.flatten(2).gather(2, at[..., None])[..., 0] > 0.15 * side**2).nonzero().unbind(1)
     at = at[rows, kinds]
-    return rows, kinds + 1, torch.stack([at // score.shape[3], at % score.shape[3]], 1)
+    return rows, kinds + 1, torch.stack([at // fits.shape[3], at % fits.shape[3]], 1)
 
 # %% ../nbs/40_stylegan2.ipynb #portraits
 PORTRAITS = {"train": (30_000, 2000), "val": (40_000, 200), "tune": (50_000, 200)}       # first scene, number of portraits
@@ -91,7 +94,7 @@ def load_pairs(
     if dataset != "portraits":
         one_of(dataset, ("portraits", *DATASETS), "dataset")
         return load_task(dataset, data_root, n_labelled, split_seed, size, 0 if n_labelled is None else n_unlabelled, **more)
-    strange = next((k for k in more if k not in ("style", "strength")), None)
+    strange = next((k for k, value in more.items() if value and k not in ("style", "strength")), None)
     if strange: raise UserError(f"{strange} is {more[strange]!r}, but portraits know style and strength only: leave it out.")
     train, val, tune = (portraits(split, size or 32, more.get("style", "photo"), more.get("strength", 1.0)) for split in PORTRAITS)
     in_range("n_labelled", len(train) if n_labelled is None else n_labelled, 1, len(train))

@@ -23,6 +23,7 @@ def number(path): return int(path.name[:2]) if path.name[:2].isdigit() else -1
 
 
 METHODS = [p for p in NOTEBOOKS if 10 <= number(p) < 50]
+NO_LABELS = {"40_stylegan2"}  # draws images, and labels none: no segmenter among its parameters, and no record for the leaderboard
 
 
 def each(paths): return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
@@ -57,7 +58,7 @@ def markdown_outputs(nb):
 @each(NOTEBOOKS)
 def test_runs_with_the_smoke_parameters(path, tmp_path):
     nb = execute(path, tmp_path / path.name, **smoke_parameters(path, tmp_path))
-    if path in METHODS:
+    if path in METHODS and path.stem not in NO_LABELS:
         records = [json.loads(p.read_text()) for p in (tmp_path / "out").rglob("*.json")]
         records = [r for r in records if "schema" in r]
         assert records, "a method's notebook writes the record of its run"
@@ -101,7 +102,7 @@ def test_parameters_are_commented_literals(path):
             assert node.end_lineno in comments, f"no comment says what {node.targets[0].id} is"
             names.append(node.targets[0].id)
         assert len(names) == len(set(names))
-        if path in METHODS: assert set(COMMON) <= set(names)
+        if path in METHODS: assert set(COMMON) <= set(names) | ({"model", "encoder"} if path.stem in NO_LABELS else set())
 
 
 @each(NOTEBOOKS)

@@ -26,8 +26,8 @@ FLOORS = {
     1: ["scenes", "data", "augment", "models", "losses", "metrics", "viz"],
     2: ["engine", "records"],
     3: ["supervised"],  # the baseline, and the base class of every method with one network
-    4: ["uda", "temporal", "cct", "unimatch", "advsemiseg", "guidedmix"],
-    5: ["continuation"],  # goes on from `cct` with the discriminator of `advsemiseg`
+    4: ["uda", "temporal", "cct", "unimatch", "advsemiseg", "guidedmix", "stylegan2", "cyclegan"],
+    5: ["continuation", "semanticgan", "phases", "out_of_domain"],  # each goes on from methods of the floor below
     6: ["leaderboard"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -42,13 +42,10 @@ from semiseg_nb.semanticgan import (
     hinge_wrong,
     inversion_lr,
     invert,
-    load_pairs,
     load_semantic,
     m_losses,
     noise_penalty,
-    one_object,
     pair_r1,
-    portraits,
     real_images,
     real_pairs,
     save_semantic,
@@ -59,7 +56,7 @@ from semiseg_nb.semanticgan import (
     standardised,
     unit,
 )
-from semiseg_nb.stylegan2 import Discriminator
+from semiseg_nb.stylegan2 import Discriminator, load_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"d": 8, "width": 8, "ndf": 4}
@@ -123,38 +120,6 @@ def reached(G, loss):
     parts = {k: list(v.parameters()) if isinstance(v, nn.Module) else v for k, v in blocks(G).items()}
     grads = {k: torch.autograd.grad(loss, v, retain_graph=True, allow_unused=True) for k, v in parts.items()}
     return {k for k, gs in grads.items() if any(g is not None and g.abs().sum() > 0 for g in gs)}
-
-
-# portraits
-def test_a_portrait_holds_one_whole_object():
-    board = torch.zeros(2, 24, 24, dtype=torch.uint8)
-    board[0, 3:9, 12:18], board[0, 15:21, 2:8] = 2, 1
-    rows, kinds, corners = one_object(board, 3, 10)
-    assert rows.tolist() == [0, 0] and kinds.tolist() == [1, 2], "one for every class, none for an empty image"
-    for kind, (top, left) in zip((1, 2), corners.tolist()):
-        window = board[0, top:top + 10, left:left + 10]
-        assert (window == kind).sum() == 36 and set(window.unique().tolist()) == {0, kind}
-
-
-def test_portraits_are_fixed_and_their_masks_do_not_depend_on_the_style():
-    photo, other = portraits("val", 32), portraits("val", 32, "inverted", 1.0)
-    assert len(photo) == 200 and photo.images.shape == (200, 3, 32, 32) and len(set(photo.ids)) == 200
-    assert torch.equal(photo.masks, other.masks) and photo.ids == other.ids and not torch.equal(photo.images, other.images)
-    centre = photo.masks[:, 12:20, 12:20].flatten(1)
-    assert (centre > 0).float().mean() > 0.9 and (photo.masks[:, :2] > 0).float().mean() < 0.4
-
-
-def test_the_task_of_portraits_keeps_its_sets_apart():
-    t = load_pairs(n_labelled=8, split_seed=1)
-    assert (t.name, len(t.labelled), len(t.unlabelled), len(t.val), len(t.tune)) == ("portraits", 8, 1992, 200, 200)
-    assert set(load_pairs(n_labelled=8).labelled.ids) != set(t.labelled.ids) and "mask" not in t.unlabelled[0]
-    everything = load_pairs(n_labelled=None)
-    assert len(everything.labelled) == 2000 and len(everything.unlabelled) == 0
-    assert load_pairs("scenes", n_labelled=4).name == "scenes"
-    for wrong in (0, 2001):
-        with pytest.raises(UserError, match=f"n_labelled is {wrong}, but it should be between 1 and 2000"): load_pairs(n_labelled=wrong)
-    with pytest.raises(UserError, match="dataset 'portrait'.*did you mean 'portraits'"): load_pairs("portrait")
-    with pytest.raises(UserError, match="split 'test'"): portraits("test")
 
 
 # 1

@@ -126,6 +126,13 @@ def test_portraits_split_as_asked(few_portraits):
     assert (len(task.labelled), len(task.unlabelled), len(task.val), task.size, task.name) == (5, 30, 20, (32, 32), "portraits")
     assert torch.equal(task.val.masks, other.val.masks) and not torch.equal(task.val.images, other.val.images)
     assert not set(task.labelled.ids) & set(task.unlabelled.ids) and (task.labelled.masks.flatten(1).amax(1) > 0).all()
+    centre = task.val.masks[:, 12:20, 12:20].flatten(1)
+    assert (centre > 0).float().mean() > 0.9 and (task.val.masks[:, :2] > 0).float().mean() < 0.4, "the object is in the middle"
+    everything = load_pairs(n_labelled=None, stretch=False)
+    assert len(everything.labelled) == 60 and len(everything.unlabelled) == 0
+    assert set(load_pairs(n_labelled=5, split_seed=1).labelled.ids) != set(task.labelled.ids)
+    with pytest.raises(UserError, match="n_labelled is 61, but it should be between 1 and 60"): load_pairs(n_labelled=61)
+    with pytest.raises(UserError, match="split 'test'"): portraits("test")
     with pytest.raises(UserError, match="crop is 16, but portraits know style and strength only"): load_pairs(crop=16)
     with pytest.raises(UserError, match="dataset 'portrait' is not known.*did you mean 'portraits'"): load_pairs("portrait")
 
