@@ -14,6 +14,7 @@ __all__ = ['ARMS', 'dice_loss', 'signed', 'unsigned', 'pair', 'asked', 'hinge', 
 import hashlib
 import json
 from dataclasses import dataclass, field
+from operator import methodcaller
 from pathlib import Path
 
 import torch
@@ -173,13 +174,13 @@ def read_artefact(path) -> Artefact:
 
 def belong_together(first: Artefact, *partners: Artefact | None) -> None:
     "Raise `UserError` when a partner saw another split, or was trained through another first generator"
-    for partner in filter(None, partners):
-        if partner.card["split_id"] != first.card["split_id"]:
-            raise UserError(f"{partner.path} was made on the split {partner.card['split_id']}, {first.path} on {first.card['split_id']}: "
+    for other in filter(None, partners):
+        if other.card["split_id"] != first.card["split_id"]:
+            raise UserError(f"{other.path} was made on the split {other.card['split_id']}, {first.path} on {first.card['split_id']}: "
                             "run all phases on one split.")
-        told, have = partner.card.get("through"), first.card["nets"]["G1"]
+        told, have = other.card.get("through"), first.card["nets"]["G1"]
         if told and told != have:
-            raise UserError(f"{partner.path} was trained through the first generator {told}, but {first.path} holds {have}: "
+            raise UserError(f"{other.path} was trained through the first generator {told}, but {first.path} holds {have}: "
                             "run phase 2 again with this one, or give the one that it belongs to.")
 
 # %% ../nbs/43_phases.ipynb #plan
@@ -290,8 +291,8 @@ def pack(
         gone = (*leave_out, "G1") if a.card["phase"] == 2 else leave_out     # phase 2 only repeats the G1 that it was given
         tensors |= {f"{name}/{k}": t for k, t in a.tensors().items() if k.split(".")[0] not in gone}
     cards = json.dumps({name: a.card for name, a in left.items()}, indent=1).encode()
-    atomic_write(path, lambda f: f.write(save(tensors)))
-    atomic_write(path.with_suffix(".json"), lambda f: f.write(cards))
+    atomic_write(path, methodcaller("write", save(tensors)))
+    atomic_write(path.with_suffix(".json"), methodcaller("write", cards))
     return path
 
 
@@ -304,8 +305,8 @@ def unpack(path, plan: Plan, task) -> None:
             raise UserError(f"{path.name} was made on the split {card['split_id']}, but this task is {task.split_id}: "
                             "take the notebook's own data, labels and size, or skip_training=False.")
         mine = {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}
-        atomic_write(plan.out / f"{name}.safetensors", lambda f: f.write(save(mine)))
-        atomic_write(plan.out / f"{name}.json", lambda f: f.write(json.dumps(card, indent=1).encode()))
+        atomic_write(plan.out / f"{name}.safetensors", methodcaller("write", save(mine)))
+        atomic_write(plan.out / f"{name}.json", methodcaller("write", json.dumps(card, indent=1).encode()))
 
 # %% ../nbs/43_phases.ipynb #phase0-run
 def phase0(

@@ -27,7 +27,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from .core import EMA, IGNORE, UserError, frozen, generator, in_range, one_of, seed_everything
-from .data import Labelled, Task
 from .engine import Clock, Method, fit, load_weights, save_weights
 from .metrics import SegmentationMetrics
 from .models import UNet
@@ -36,12 +35,10 @@ from semiseg_nb.stylegan2 import (
     EqualLinear,
     Generator,
     augmentation,
-    chosen,
     d_loss,
     g_loss,
     latents,
     lazy_adam,
-    load_pairs,
     noise_rng,
     path_penalty,
     r1_penalty,
