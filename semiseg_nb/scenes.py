@@ -196,21 +196,23 @@ def _look(
     index,  # (N,) uint64
     layout: dict,
     turn_hue,  # (N,): all hues of a scene are turned by this part of the circle
+    plain=np.float32(0),  # of `make_scenes`
 ) -> dict:  # name -> (N,SLOTS+1) or (N,SLOTS+1,3); row 0 is the ground
     "Colours of every slot, and where its texture lies"
     chance = np.moveaxis(_uniform(index, LOOK, SLOTS + 1, 14), -1, 0)
     typical, near, value, saturation, contrast, ink_hue, angle, period, phase, sharp, level, calm, flip, hue = chance
     cls, half = _with_ground(layout["cls"]), np.float32(0.5)
-    hue = np.where((cls > 0) & (typical < 0.6), HUE[cls] + (near - half) * np.float32(0.2), hue) + turn_hue[:, None]
+    hue = np.where((cls > 0) & (typical < 0.6 + 0.4 * plain), HUE[cls] + (near - half) * np.float32(0.2), hue) + turn_hue[:, None]
     dark_ink = (cls < 3) ^ (flip < 0.1)
-    ground = np.where(np.arange(SLOTS + 1) == 0, np.float32(0.3), np.float32(1))  # the ground is duller
+    ground = np.where(np.arange(SLOTS + 1) == 0, np.float32(0.3), 1 - np.float32(0.7) * plain * (cls == 0))  # the ground is duller
     body = np.where(dark_ink, _between(value, 0.55, 0.95), _between(value, 0.25, 0.6))
     body[:, 0] = _between(value[:, 0], 0.2, 0.7)
-    saturation = _between(saturation, 0.2, 0.65) * ground
+    saturation = (_between(saturation, 0.2, 0.65) + np.float32(0.25) * plain) * ground
     contrast = _between(contrast, 0.42, 0.65) * np.where(dark_ink, -1, 1).astype(np.float32)
-    contrast = contrast * np.where(cls == 0, _between(calm, 0.2, 0.6), 1).astype(np.float32)
+    left = np.where(cls == 0, np.float32(1), 1 - plain)  # of an object's texture
+    contrast = contrast * np.where(cls == 0, _between(calm, 0.2, 0.6), left).astype(np.float32)
     base = _rgb(hue, saturation, body)
-    ink = _rgb(hue + (ink_hue - half) * half, saturation, np.clip(body + contrast, 0.03, 1))
+    ink = _rgb(hue + (ink_hue - half) * half * left, saturation, np.clip(body + contrast, 0.03, 1))
     angle = (angle.astype(np.float64) - 0.5) * 1.4 + np.pi / 2
     period = PERIOD[0][cls] + period * PERIOD[1][cls]
     cos, sin = np.cos(angle).astype(np.float32) / period, np.sin(angle).astype(np.float32) / period
@@ -282,13 +284,14 @@ def _render(
     size: int,
     style: str,
     s: float,  # strength in [0,1]
+    plain: float = 0.0,
 ):  # images (N,3,S,S) float32 around [0,1], masks (N,S,S) uint8
     "One chunk of scenes: place, texture, colour, light, grain, style"
     grid, layout, s = _grid(size), _layout(index), np.float32(s)
     slot = np.arange(len(index))[:, None, None] * (SLOTS + 1) + _place(layout, grid)
     mask = _with_ground(layout["cls"]).take(slot)
     u, v = _uniform(index, LIGHT, 8), _uniform(index, STYLE, 8)
-    look = _look(index, layout, (s if style == "palette" else np.float32(0)) * _between(v[:, 0], 0.3, 0.7))
+    look = _look(index, layout, (s if style == "palette" else np.float32(0)) * _between(v[:, 0], 0.3, 0.7), np.float32(plain))
     ink = _ink(index, slot, mask, look, grid, s if style == "textures" else np.float32(0))
     shade = _shade(u, grid)
     image = np.empty((len(index), 3, size, size), np.float32)
@@ -304,6 +307,7 @@ def make_scenes(
     size: int = 64,  # side of the square images in pixels, at least 32
     style: str = "photo",  # one of `STYLES`
     strength: float = 1.0,  # of the style's shift, in [0,1]; 0 is `photo`, bit for bit
+    plain: float = 0.0,  # in [0,1]: how far objects wear the typical colour of their class instead of a texture in any colour
 ) -> tuple[Tensor, Tensor]:  # images uint8 (N,3,S,S), masks uint8 (N,S,S) with classes 0..4
     "Scenes as a pure function of their index; raises `UserError` for a bad index, size, style or strength"
     index = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
@@ -314,12 +318,13 @@ def make_scenes(
         raise UserError(f"Scenes are square: size is one integer, the side in pixels, not {size!r}.")
     if size < MIN_SIZE: raise UserError(f"size {size} is too small for the textures: scenes need at least {MIN_SIZE} pixels.")
     one_of(style, STYLES, "style")
-    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
-        raise UserError(f"strength is {strength!r}, but it must be a number in [0,1].")
+    for name, value in (("strength", strength), ("plain", plain)):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+            raise UserError(f"{name} is {value!r}, but it must be a number in [0,1].")
     index = index.astype(np.uint64).reshape(-1)
     images, masks = np.empty((len(index), 3, size, size), np.uint8), np.empty((len(index), size, size), np.uint8)
     chunk = max(1, 32 * 64 * 64 // size**2)
     for i in range(0, len(index), chunk):
-        image, masks[i:i + chunk] = _render(index[i:i + chunk], int(size), style, float(strength))
+        image, masks[i:i + chunk] = _render(index[i:i + chunk], int(size), style, float(strength), float(plain))
         images[i:i + chunk] = np.clip(image * 255 + np.float32(0.5), 0, 255).astype(np.uint8)
     return torch.from_numpy(images), torch.from_numpy(masks)
