@@ -359,7 +359,7 @@ def fit_oracle(
 ) -> Supervised:
     "A U-Net trained on every mask there is: it judges generated labels, and is never used in training"
     seed_everything(seed)
-    oracle = Supervised(UNet(task.n_classes, width, mean=task.mean), task, views="strong")
+    oracle = Supervised(UNet(task.n_classes, width, mean=task.mean), task)
     if path and Path(path).with_suffix(".safetensors").exists():
         load_weights(oracle, Path(path).with_suffix(".safetensors"))
         return oracle.to(accelerator.device).eval() if accelerator else oracle.eval()
