@@ -4,9 +4,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import rgb_to_hsv
 
 from semiseg_nb.core import UserError
-from semiseg_nb.scenes import CLASSES, PALETTE, STYLES, make_scenes
+from semiseg_nb.scenes import CLASSES, HUE, PALETTE, STYLES, make_scenes
 
 SHIFTS = STYLES[1:]
 SHARE, MEAN = [0.60544, 0.10107, 0.11212, 0.07539, 0.10598], [95.13, 93.77, 91.36]  # of scenes 0..63: classes, and red, green, blue
@@ -53,6 +54,18 @@ def test_no_style_changes_the_mask(style):
 @pytest.mark.parametrize("style", STYLES)
 def test_strength_zero_is_photo_bit_for_bit(style):
     assert torch.equal(make_scenes(range(30), style=style, strength=0)[0], make_scenes(range(30))[0])
+
+
+def test_plain_scenes_wear_the_colours_of_their_classes():
+    (photo, masks), (plain, same) = make_scenes(range(60)), make_scenes(range(60), plain=1.0)
+    assert torch.equal(masks, same), "the layout stays"
+    def typical(images, c):
+        "Part of a class's pixels whose hue is at most a tenth of the circle from the class's own"
+        hue = torch.from_numpy(rgb_to_hsv(images.movedim(1, 3)[masks == c].numpy() / 255)[:, 0])
+        away = (hue - float(HUE[c])).abs()
+        return (torch.minimum(away, 1 - away) < 0.1).float().mean()
+    assert all(typical(plain, c) > 0.9 and typical(photo, c) < 0.7 for c in range(1, 5)), [(typical(plain, c), typical(photo, c)) for c in range(1, 5)]
+    assert not torch.equal(make_scenes(range(4), plain=0.5)[0], make_scenes(range(4), plain=1.0)[0])
 
 
 def test_photo_has_no_strength():
@@ -108,7 +121,7 @@ def test_pixels_are_those_of_the_records():
 @pytest.mark.parametrize("arguments, word", [
     (dict(indices=[0], style="foto"), "photo"), (dict(indices=[0], style="paper"), "inverted"),
     (dict(indices=[0], strength=1.5), "1.5"), (dict(indices=[0], strength=-0.1), "-0.1"), (dict(indices=[0], strength=float("nan")), "nan"),
-    (dict(indices=[0], strength="high"), "high"), (dict(indices=[0], size=16), "16"), (dict(indices=[0], size=0), "32"),
+    (dict(indices=[0], strength="high"), "high"), (dict(indices=[0], plain=2), "plain is 2"), (dict(indices=[0], size=16), "16"), (dict(indices=[0], size=0), "32"),
     (dict(indices=[0], size=(64, 96)), "square"), (dict(indices=[0], size=64.0), "64.0"), (dict(indices=[-1]), "-1"),
     (dict(indices=[0.5]), "0.5"), (dict(indices=[True]), "integers"),
 ])
