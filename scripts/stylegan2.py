@@ -19,9 +19,11 @@ VARIANTS = {f"{kind}, {n} images": (n, settings) for n in (50, 200, 2000) for ki
     "with cutout": (2000, {"augment": "translation,colour,cutout"}),
     "translation only": (2000, {"augment": "translation"}),
     "without R1": (2000, {"gamma": 0.0}),
-    "R1 ten times": (2000, {"gamma": 1.0}),
-    "R1 a tenth": (2000, {"gamma": 0.01}),
+    "R1 five times": (2000, {"gamma": 0.1}),
+    "R1 a tenth": (2000, {"gamma": 0.002}),
     "without mixing": (2000, {"mixing": 0.0}),
+    "mixing of the paper": (2000, {"mixing": 0.9}),
+    "rate of the paper": (2000, {"lr": 2.5e-3}),
     "with path length": (2000, {"path_weight": 2.0}),
     "without averaging": (2000, {"half_life": 1.0}),
 }

@@ -179,11 +179,11 @@ class SemanticGAN(Method):
 
     def __init__(
         self, task,
-        lr: float = 2.5e-3,  # of G and D_r; constant
+        lr: float = 5e-3,  # of G and D_r; constant; the paper: 2.5e-3
         d: int = 64, n_map: int = 2,  # length of the codes, layers of the mapping network; the paper: 512, 8
         width: int | None = None,  # channels of the coarse maps of G and D_r; None: the small tables of `stylegan2`
-        mixing: float = 0.9,  # how often two codes share an image
-        r1: float = 0.1, r1_every: int = 16,  # gamma of R1 on D_r (the paper: 10, at 256 pixels); steps between penalties
+        mixing: float = 0.0,  # how often two codes share an image; the paper: 0.9
+        r1: float = 0.02, r1_every: int = 16,  # gamma of R1 on D_r (the paper: 10, at 256 pixels); steps between penalties
         path: float = 0.0, path_every: int = 4,  # weight of path length regularisation (the paper: 2); steps between
         half_life: float = 1000.0,  # of the averaged generator, in images; the paper: 10,000
         augment: str = "",  # of what D_r sees, see `DiffAugment`: any of translation,colour,cutout; "ada"; "": nothing

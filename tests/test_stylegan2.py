@@ -128,6 +128,7 @@ def test_portraits_split_as_asked(few_portraits):
     assert not set(task.labelled.ids) & set(task.unlabelled.ids) and (task.labelled.masks.flatten(1).amax(1) > 0).all()
     centre = task.val.masks[:, 12:20, 12:20].flatten(1)
     assert (centre > 0).float().mean() > 0.9 and (task.val.masks[:, :2] > 0).float().mean() < 0.4, "the object is in the middle"
+    assert sorted(int(i[-1]) for i in load_pairs(n_labelled=4).labelled.ids) == [1, 2, 3, 4], "four labels show the four kinds"
     everything = load_pairs(n_labelled=None, stretch=False)
     assert len(everything.labelled) == 60 and len(everything.unlabelled) == 0
     assert set(load_pairs(n_labelled=5, split_seed=1).labelled.ids) != set(task.labelled.ids)
