@@ -28,7 +28,8 @@ SWEEP = {
     "cutout for pairs": {"augment_pairs": "translation,colour,cutout"}, "no instance norm": {"norm": "none"},
     "softmax labels": {"label_act": "softmax"}, "tanh labels": {"label_act": "tanh"}, "noise on labels": {"label_noise": 0.3},
     "no feature matching": {"fm": 0}, "label branch alone": {"label_grad": "head"}, "D_r augmented": {"augment": "translation,colour"},
-    "weaker R1 on D_r": {"r1": 0.02}, "the pilot": {"n_layers": 2, "r1_m": 0, "augment_pairs": "", "mismatched": 0},
+    "R1 on D_r five times": {"r1": 0.1}, "mixing of the paper": {"mixing": 0.9}, "rate of the paper": {"lr": 2.5e-3},
+    "the pilot": {"n_layers": 2, "r1_m": 0, "augment_pairs": "", "mismatched": 0},
 }
 
 
@@ -41,7 +42,7 @@ def arguments():
     p.add_argument("--n-labelled", type=int, default=32)
     p.add_argument("--split-seed", type=int, default=0)
     p.add_argument("--size", type=int, default=32)
-    p.add_argument("--steps", type=int, default=3000, help="of the GAN")
+    p.add_argument("--steps", type=int, default=2500, help="of the GAN")
     p.add_argument("--encoder-steps", type=int, help="a sixth of --steps where it is not given")
     p.add_argument("--oracle-steps", type=int, default=600)
     p.add_argument("--batch-size", type=int, default=16)
