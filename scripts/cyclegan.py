@@ -97,7 +97,7 @@ def main(a):
         return row | ({"carry-over": score(oracle, made)} if oracle else {})
     seed_everything(a.seed)
     gan = CycleGAN(task, f_A.ema.net, **chosen)
-    every = max(1, a.steps // 6)
+    every = -(-a.steps // 6)
     run_gan = fit(gan, task, a.steps, a.batch_size, seed=a.seed, eval_every=every, eval_on=on, probe=probe, out_dir=a.work, checkpoint_every=every,
                   accelerator=accelerator)
     content = translated(gan, source.labelled)[1]

@@ -56,9 +56,9 @@ def arguments():
     p.add_argument("--width", type=int, default=8)
     p.add_argument("--steps", type=int, default=1500, help="of a segmenter")
     p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument("--gan-steps", type=int, help="2200 of SemanticGAN, 1500 of CycleGAN")
+    p.add_argument("--gan-steps", type=int, help="2500 of SemanticGAN, 1500 of CycleGAN")
     p.add_argument("--gan-batch", type=int, help="16 for SemanticGAN, 4 for CycleGAN")
-    p.add_argument("--encoder-steps", type=int, default=550)
+    p.add_argument("--encoder-steps", type=int, default=416)
     p.add_argument("--inversion-steps", type=int, default=40)
     p.add_argument("--least", type=float, default=0.5, help="CycleGAN: content score that a translated pair should have")
     p.add_argument("--seed", type=int, default=0, help="of weights and data order, and which images are labelled")
@@ -152,7 +152,7 @@ def semanticgan(x):
     of_gan = settings_of(SemanticGAN, **settings)
     seed_everything(a.seed)
     gan = SemanticGAN(x.task, **settings)
-    steps, batch = a.gan_steps or 2200, a.gan_batch or 16
+    steps, batch = a.gan_steps or 2500, a.gan_batch or 16
     first = x.fit(gan, x.task, steps, batch, "semanticgan")
     method = SemanticEncoder(gan, x.task)
     run = x.fit(method, x.task, a.encoder_steps, batch, "semanticgan encoder")

@@ -45,7 +45,7 @@ def joined(*parts: Labelled) -> Labelled:
 def load_across(
     dataset: str = "scenes",  # "scenes" | "folder"
     data_root=None,
-    n_labelled: int | None = 100,  # of the source
+    n_labelled: int = 100,  # of the source
     split_seed: int = 0,
     size=None,
     style: str = "inverted",  # scenes: look of the target
@@ -206,7 +206,7 @@ def lsgan(
 
 # %% ../nbs/42_cyclegan.ipynb #pool
 class Pool(nn.Module):
-    "Past translations, half of them for the discriminator instead of new ones"
+    "Past translations; once full, every second image that the discriminator gets is an old one"
 
     def __init__(
         self,
@@ -428,7 +428,7 @@ def translated(
     if not len(keep):
         raise UserError(f"No translated image passes the content check with least={least}, the best has {score.max():.2f}: lower it or train longer.")
     ids = [f"translated/{labelled.ids[i]}" for i in keep.tolist()]
-    return Labelled(ids, torch.cat(images)[keep], torch.cat(masks)[keep], labelled.n_classes), score
+    return Labelled(ids, torch.cat(images)[keep], torch.cat(masks)[keep], labelled.n_classes, labelled.crop), score
 
 # %% ../nbs/42_cyclegan.ipynb #patch-distance
 def patch_distance(

@@ -196,13 +196,14 @@ def _look(
     index,  # (N,) uint64
     layout: dict,
     turn_hue,  # (N,): all hues of a scene are turned by this part of the circle
-    plain=np.float32(0),  # of `make_scenes`
+    plain,  # of `make_scenes`
 ) -> dict:  # name -> (N,SLOTS+1) or (N,SLOTS+1,3); row 0 is the ground
     "Colours of every slot, and where its texture lies"
     chance = np.moveaxis(_uniform(index, LOOK, SLOTS + 1, 14), -1, 0)
     typical, near, value, saturation, contrast, ink_hue, angle, period, phase, sharp, level, calm, flip, hue = chance
     cls, half = _with_ground(layout["cls"]), np.float32(0.5)
-    hue = np.where((cls > 0) & (typical < 0.6 + 0.4 * plain), HUE[cls] + (near - half) * np.float32(0.2) * (1 - np.float32(0.7) * plain), hue) + turn_hue[:, None]
+    own_hue = HUE[cls] + (near - half) * np.float32(0.2) * (1 - np.float32(0.7) * plain)
+    hue = np.where((cls > 0) & (typical < 0.6 + 0.4 * plain), own_hue, hue) + turn_hue[:, None]
     dark_ink = (cls < 3) ^ (flip < 0.1)
     ground = np.where(np.arange(SLOTS + 1) == 0, np.float32(0.3), 1 - np.float32(0.7) * plain * (cls == 0))  # the ground is duller
     body = np.where(dark_ink, _between(value, 0.55, 0.95), _between(value, 0.25, 0.6))

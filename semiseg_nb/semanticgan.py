@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'RANGES', 'encode_labels', 'drawn_labels', 'SemanticGenerator', 'patch_layers', 'PatchDiscriminators',
-           'hinge_d', 'hinge_wrong', 'hinge_g', 'feature_matching', 'pair_r1', 'check_settings', 'widths_for',
-           'SemanticGAN', 'build_networks', 'mirrored', 'real_images', 'real_pairs', 'styles', 'fakes', 'seen_by_r',
-           'seen_by_m', 'gan_updates', 'm_losses', 'g_losses', 'penalties', 'path_update', 'fit_oracle', 'agreement',
+           'hinge_d', 'hinge_wrong', 'hinge_g', 'feature_matching', 'pair_r1', 'check_settings', 'SemanticGAN',
+           'build_networks', 'mirrored', 'real_images', 'real_pairs', 'fakes', 'seen_by_r', 'seen_by_m', 'gan_updates',
+           'wrong_labels', 'm_losses', 'g_losses', 'penalties', 'path_update', 'fit_oracle', 'agreement',
            'share_distance', 'unit', 'edges', 'feature_distance', 'FeatureDistance', 'Lpips', 'distance_for',
            'inversion_lr', 'noise_penalty', 'standardised', 'IntensityMap', 'keep_best', 'invert',
            'label_by_optimisation', 'slot_level', 'Residual', 'Head', 'Encoder', 'sharp_cross_entropy', 'dice_loss',
@@ -35,6 +35,7 @@ from semiseg_nb.stylegan2 import (
     EqualLinear,
     Generator,
     augmentation,
+    channels_for,
     d_loss,
     g_loss,
     latents,
@@ -43,6 +44,7 @@ from semiseg_nb.stylegan2 import (
     path_penalty,
     r1_penalty,
     side_of,
+    styles,
 )
 from .supervised import Supervised
 
@@ -122,8 +124,8 @@ def hinge_d(
 
 
 def hinge_wrong(
-    wrong: list,  # D_m's maps for real images beside the labels of others
-    differs: Tensor,  # (B,) bool: whether the label really is another image's
+    wrong: list,  # D_m's maps for real images beside wrong labels
+    differs: Tensor,  # (B,) bool: whether the label really is another one
 ) -> Tensor:  # scalar: 1 when all answers are 0; 0 when no label differs
     "The generated side of `hinge_d`, for pairs that were put together wrongly"
     share = differs / differs.sum().clamp(min=1)
@@ -168,18 +170,13 @@ def check_settings(method: Method) -> None:
         if name in CHOICES: one_of(value, CHOICES[name], name)
         if name in RANGES: in_range(name, value, *RANGES[name])
 
-
-def widths_for(size: int, width: int | None) -> dict | None:
-    "Channels of every size when the coarse ones have `width`; None leaves them to `stylegan2`"
-    return None if width is None else {r: min(width, 32 * width // r) for r in (2**i for i in range(2, size.bit_length()))}
-
 # %% ../nbs/41_semanticgan.ipynb #semantic-gan
 class SemanticGAN(Method):
     "SemanticGAN, first stage (arXiv 2104.05833): a generator of images and labels, judged by D_r on images and by D_m on pairs"
 
     def __init__(
         self, task,
-        lr: float = 5e-3,  # of G and D_r; constant; the paper: 2.5e-3
+        lr: float = 5e-3,  # of G and D_r; constant; the paper's code: 2e-3
         d: int = 64, n_map: int = 2,  # length of the codes, layers of the mapping network; the paper: 512, 8
         width: int | None = None,  # channels of the coarse maps of G and D_r; None: the small tables of `stylegan2`
         mixing: float = 0.0,  # how often two codes share an image; the paper: 0.9
@@ -208,7 +205,7 @@ class SemanticGAN(Method):
         if augment_pairs == "ada": raise UserError("augment_pairs 'ada' watches D_r, not pairs: give any of translation,colour,cutout, or ''.")
         self.watch, self.watch_every = None, 100  # called with the method every so often: more numbers for the log
         self.share = len(task.labelled) / max(1, len(task.labelled) + len(task.unlabelled))
-        build_networks(self, side_of(task), task.n_classes, widths_for(side_of(task), width))
+        build_networks(self, side_of(task), task.n_classes, channels_for(side_of(task), width))
 
     def lr_factor(self, clock): return 1.0
 
@@ -258,14 +255,6 @@ def real_pairs(self: SemanticGAN, lab: dict, clock: Clock) -> Tensor:  # (B,3+K,
     return torch.cat([x, encode_labels(y, self.G.n_classes)], 1)
 
 # %% ../nbs/41_semanticgan.ipynb #fakes
-def styles(self: SemanticGAN, n: int, clock: Clock, stream: str) -> Tensor:  # (n,n_w,d)
-    "Codes of n images, as often as `mixing` says made of two"
-    z, z2 = latents(2 * n, self.d, clock, stream, self.device).chunk(2)
-    u = torch.rand(2, n * clock.world, generator=clock.rng(f"{stream} cut"))[:, clock.rows(n)]
-    cut = torch.where(u[0] < self.mixing, 1 + (u[1] * (self.G.n_w - 1)).long(), self.G.n_w)
-    return self.G.mixed(z, z2, cut.to(self.device, non_blocking=True))
-
-
 def fakes(self: SemanticGAN, n: int, clock: Clock, stream: str) -> tuple[Tensor, Tensor]:
     "n generated images (n,3,H,W), and their labels as D_m sees them (n,K,H,W)"
     held = (1,) if self.label_grad == "head" else ()
@@ -304,13 +293,27 @@ def gan_updates(self: SemanticGAN, lab: dict, unl: dict | None, clock: Clock):
     if self.watch and clock.step % self.watch_every == 0: self.stats = self.stats | self.watch(self)
 
 
+def wrong_labels(
+    label: Tensor,  # (B,K,H,W) of `encode_labels`
+    index: Tensor,  # (B,) which labelled image it is
+    clock: Clock,
+) -> tuple:  # (B,K,H,W), and (B,) bool: whether it differs from the right one
+    "For every second image the label of its neighbour, for the others their own with the object classes exchanged in a cycle"
+    other, differs, n_kinds = label.roll(1, 0), index != index.roll(1, 0), label.shape[1] - 1
+    if n_kinds < 2: return other, differs
+    by = 1 + int(torch.randint(n_kinds - 1, (), generator=clock.rng("exchange")))
+    exchanged = torch.cat([label[:, :1], label[:, 1:].roll(by, 1)], 1)
+    second = torch.arange(len(label), device=label.device) % 2 == 1
+    return torch.where(second.view(-1, 1, 1, 1), other, exchanged), torch.where(second, differs, (label[:, 1:] > 0).flatten(1).any(1))
+
+
 def m_losses(self: SemanticGAN, pair: Tensor, real_m: Tensor, fake: Tensor, index: Tensor, clock: Clock) -> dict:
-    "What moves D_m: real pairs against generated ones and, for a part of that side, against real images with another image's label"
+    "What moves D_m: real pairs against generated ones and, for a part of that side, against real images with wrong labels"
     real, fake = self.D_m(real_m), self.D_m(seen_by_m(self, fake, clock, "fake pair"))
     if not self.mismatched: return {"D_m": hinge_d(real, fake)}
-    wrong = self.D_m(seen_by_m(self, torch.cat([pair[:, :3], pair[:, 3:].roll(1, 0)], 1), clock, "wrong pair"))
-    return {"D_m": hinge_d(real, fake, 1 - self.mismatched),
-            "D_m mismatched": self.mismatched / 2 * hinge_wrong(wrong, index != index.roll(1, 0))}
+    label, differs = wrong_labels(pair[:, 3:], index, clock)
+    wrong = self.D_m(seen_by_m(self, torch.cat([pair[:, :3], label], 1), clock, "wrong pair"))
+    return {"D_m": hinge_d(real, fake, 1 - self.mismatched), "D_m mismatched": self.mismatched / 2 * hinge_wrong(wrong, differs)}
 
 
 def g_losses(self: SemanticGAN, n: int, real_m: Tensor, clock: Clock) -> dict:
@@ -350,8 +353,8 @@ def path_update(self: SemanticGAN, n: int, clock: Clock):
 
 # %% ../nbs/41_semanticgan.ipynb #fit-oracle
 def fit_oracle(
-    task,  # with the masks of all its images: `load_task(..., n_labelled=None, n_unlabelled=0)`
-    steps: int = 800,
+    task,  # with the masks of all its images: `load_pairs(n_labelled=None, ...)`
+    steps: int = 600,
     width: int = 16,
     seed: int = 0,
     path=None,  # weights file: read where it exists, else written
@@ -462,7 +465,7 @@ def inversion_lr(
 def noise_penalty(
     noise: list,  # maps (B,1,h,w) of mean 0 and variance 1
 ) -> Tensor:  # (B,): small for white noise
-    "Squared correlation of every noise map with itself one pixel further, at all sizes down to 8"
+    "Squared mean product of every noise map with itself one pixel further, at all sizes down to 8 (halved maps are not rescaled: they count less)"
     total = 0
     for n in noise:
         while True:
@@ -592,7 +595,7 @@ class Encoder(nn.Module):
         n_w: int,  # style slots
         d: int,  # length of a style
         w_mean: Tensor,  # (d,)
-        widths: tuple = (24, 24, 48, 64, 64),  # of the first convolution and the four stages
+        widths: tuple = (24, 24, 48, 64, 64),  # of the first convolution, the stem and three stages
         pyramid: int = 48,  # channels of the feature pyramid
     ):
         super().__init__()
@@ -641,14 +644,15 @@ class SemanticEncoder(Method):
     "SemanticGAN, second stage: an encoder into the frozen generator; `predict` encodes, optimises, and reads the label off"
 
     def __init__(
-        self, gan: SemanticGAN, task,  # trained
+        self, gan: SemanticGAN,  # trained
+        task,
         lr: float = 1e-3,  # of Adam, down along a cosine
         perceptual: float = 10.0,  # weight of the perceptual distance, as in the paper
         labelled: float = 1.0,  # weight of the losses on masks
         generated: float = 1.0,  # weight of the losses on generated images; the paper: none
         tau: float | None = None,  # temperature of the label logits; None: 0.1, and 1 where D_m saw a softmax
         distance: str = "features",  # "features" of D_r | "lpips"
-        inversion_steps: int = 60,  # in `predict`; 0: encoder only
+        inversion_steps: int = 40,  # in `predict`; 0: encoder only
         inversion_lr: float = 0.05,
         in_domain: float = 1e-3,
         noise: bool = False, intensity: bool = False,  # what else `invert` optimises

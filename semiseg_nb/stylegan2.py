@@ -684,7 +684,7 @@ class Ada(nn.Module):
         real: Tensor,  # (B,1) logits of augmented real images
         step: int,
     ) -> None:
-        "Count how often the discriminator is right about real images; every few steps more or less augmentation"
+        "Count how often the discriminator is right about the real images of this process; every few steps more or less augmentation"
         self.signs += real.sign().mean() / self.every
         if (step + 1) % self.every: return
         self.p += (self.signs - self.target).sign() * len(real) * self.every / (1000 * self.kimg)
@@ -734,7 +734,7 @@ def reals(self: "StyleGAN2", lab: dict, unl: dict | None, clock) -> Tensor:
 
 
 def styles(self: "StyleGAN2", n: int, clock, stream: str) -> Tensor:
-    "Styles (n,n_w,d) of n new images, most of them of two codes"
+    "Styles (n,n_w,d) of n new images, a part of them (`mixing`) of two codes"
     z, z2 = latents(2 * n, self.d, clock, stream, self.device).chunk(2)
     u = torch.rand(2, n * clock.world, generator=clock.rng(f"{stream} cut"))[:, clock.rows(n)]
     cut = torch.where(u[0] < self.mixing, 1 + (u[1] * (self.G.n_w - 1)).long(), self.G.n_w)
@@ -813,7 +813,7 @@ class StyleGAN2(Method):
         width: int | None = None,  # channels of the coarse maps of both networks; None: the tables of `channels_for`
         d: int = 64,  # length of z and w
         n_map: int = 2,  # layers of the mapping network
-        lr: float = 5e-3,  # of both networks; the paper: 2.5e-3
+        lr: float = 5e-3,  # of both networks; the paper: 2e-3
         gamma: float = 0.02,  # of R1
         r1_every: int = 16,  # steps between R1 penalties
         path_weight: float = 0.0,  # of the path length penalty; 2 in the paper

@@ -13,6 +13,8 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from semiseg_nb.core import check_parameters
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 SMOKE = yaml.safe_load((ROOT / "nbs/params/smoke.yaml").read_text())
@@ -84,7 +86,11 @@ def test_every_smoke_parameter_is_declared_somewhere():
 def test_a_parameter_file_fits_its_notebook():
     for path in (ROOT / "nbs/params").glob("*-*.yaml"):
         notebook, = (p for p in METHODS if p.stem.split("_", 1)[1] == path.stem.split("-")[0])
-        assert set(yaml.safe_load(path.read_text())) <= set(declared(notebook)), path.name
+        values, defaults = yaml.safe_load(path.read_text()), {}
+        assert set(values) <= set(declared(notebook)), path.name
+        cell, = tagged(notebook)
+        exec(source(cell), defaults)
+        check_parameters(source(cell), "", defaults | values)                              # and the values are of the right kind
 
 
 @each(NOTEBOOKS)
