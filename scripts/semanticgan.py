@@ -24,12 +24,12 @@ SWEEP = {
     "as above": {}, "patch of 34 pixels": {"n_layers": 2}, "one scale": {"n_scales": 1}, "half the channels": {"ndf": 12},
     "D_m four times slower": {"dm_lr": 2.5e-4}, "D_m as fast as D_r": {"dm_lr": 5e-3}, "no R1 on D_m": {"r1_m": 0}, "ten times R1": {"r1_m": 0.5},
     "no wrong pairs": {"mismatched": 0}, "wrong pairs only": {"mismatched": 1.0},
-    "pairs not augmented": {"augment_pairs": ""}, "pairs moved only": {"augment_pairs": "translation"},
-    "cutout for pairs": {"augment_pairs": "translation,colour,cutout"}, "no instance norm": {"norm": "none"},
+    "pairs not augmented": {"augment_pairs": ""}, "colours of pairs changed": {"augment_pairs": "translation,colour"},
+    "cutout for pairs": {"augment_pairs": "translation,colour,cutout"}, "instance norm": {"norm": "instance"},
     "softmax labels": {"label_act": "softmax"}, "tanh labels": {"label_act": "tanh"}, "noise on labels": {"label_noise": 0.3},
     "no feature matching": {"fm": 0}, "label branch alone": {"label_grad": "head"}, "D_r augmented": {"augment": "translation,colour"},
     "R1 on D_r five times": {"r1": 0.1}, "mixing of the paper": {"mixing": 0.9}, "rate of the paper": {"lr": 2e-3},
-    "the pilot": {"n_layers": 2, "r1_m": 0, "augment_pairs": "", "mismatched": 0},
+    "the pilot": {"n_layers": 2, "norm": "instance", "r1_m": 0, "augment_pairs": "", "mismatched": 0},
 }
 
 

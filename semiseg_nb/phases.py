@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .augment import cutmix, flip_crop, partner
 from .core import IGNORE, UserError, atomic_write, frozen, generator, in_range, one_of, seed_everything
-from .cyclegan import CycleGAN, PatchDiscriminator, one_hot, quiet, straight_through, translated
+from .cyclegan import CycleGAN, PatchDiscriminator, constant_then_linear, one_hot, quiet, straight_through, translated
 from .data import Labelled, one_pass
 from .engine import Method, Run, evaluate, fit, save_weights
 from .losses import cross_entropy
@@ -77,7 +77,7 @@ def hinge(
 
 
 def patch_critic(n_in: int, ndf: int = 24) -> nn.Module:
-    "A small patch discriminator with spectral norm: two halvings, answers about 34 x 34 pixels"
+    "A small patch discriminator with spectral norm: two halvings, an answer sees 34 x 34 pixels"
     return PatchDiscriminator(n_in, ndf, 2, norm="spectral")
 
 # %% ../nbs/43_phases.ipynb #pairs
@@ -459,7 +459,7 @@ class Phase2(Method):
 
     updates, pictures = render_updates, pictures
 
-    def lr_factor(self, clock): return min(1.0, 2 * (1 - clock.fraction))  # constant, then down to 0, as in CycleGAN
+    def lr_factor(self, clock): return constant_then_linear(clock.step, clock.total)
     def predict(self, x): return self.G1(x)
 
 # %% ../nbs/43_phases.ipynb #bends
@@ -547,9 +547,9 @@ def phase2(
 ) -> Artefact:  # "G2", "E_s", "D_r", "D_m", "S2", and "G1" as it is now
     "Train the second generator through the first one"
     belong_together(one, zero)
+    seed_everything(plan.seed + 1)
     G1, D_m = plan.segmenter(task), patch_critic(3 + task.n_classes)
     one.load(G1=G1, **({"D_m": D_m} if "D_m" in one.card["nets"] else {}))
-    seed_everything(plan.seed + 1)
     method = Phase2(task, G1, D_m, zero and zero.pairs("S"), **plan.render | changes)
     run = plan.train(method, task, 2, name)
     now = fingerprint(method.G1)
@@ -572,8 +572,10 @@ def synthetic(
     x, y = view(pairs.draw(n, clock, stream), self.policies, clock, f"{stream} view")
     if check:
         with torch.no_grad(): belief, says = self.ema(x).float().softmax(1).max(1)
-        y = torch.where((belief > self.threshold) & (says != y), IGNORE, y)
-        self.stats["contradicted"] = ((belief > self.threshold) & (says != y)).float().mean()
+        known = y != IGNORE
+        contradicted = (belief > self.threshold) & (says != y) & known
+        y = torch.where(contradicted, IGNORE, y)
+        self.stats["contradicted"] = contradicted.sum() / known.sum().clamp(min=1)
     with quiet(self.net): z = self.net(x)
     return cross_entropy(z, y)
 
@@ -734,7 +736,7 @@ def whole_run(
 # %% ../nbs/43_phases.ipynb #arms
 ARMS = {  # name -> what it is made of
     "phase 1": "labels alone",
-    "phase 1, as long as all": "labels alone, for the steps of phases 1 and 3 together",
+    "phase 1, steps of 1 and 3": "labels alone, for the steps of phases 1 and 3 together",
     "self-training only": "phases 1 and 3; no cycle, no critic, no synthetic pairs",
     "without S": "phases 1, 2, 3 without CycleGAN's pairs",
     "S only": "phase 1, then labels and CycleGAN's pairs",
@@ -742,7 +744,7 @@ ARMS = {  # name -> what it is made of
     "G1 moves in phase 2": "full, but nothing is frozen in phase 2",
     "phase 3 from scratch": "full, but G1 starts from new weights in phase 3",
     "soft masks": "full, but masks pass softly in the cycle",
-    "all labels": "phase 1 as long as all, every training image labelled: what there is to reach",
+    "all labels": "phase 1 for the steps of 1 and 3, every training image labelled: what there is to reach",
 }
 
 
@@ -754,7 +756,7 @@ def run_arm(
     "Train one arm of the ablation"
     one_of(arm, ARMS, "arm")
     name, total = f"phase3-{arm.replace(' ', '-')}", plan.steps[1] + plan.steps[3]
-    if arm in ("phase 1, as long as all", "all labels"): return [phase1(task, plan, f"phase1-{arm.replace(' ', '-')}", total)]
+    if arm in ("phase 1, steps of 1 and 3", "all labels"): return [phase1(task, plan, f"phase1-{arm.replace(' ', '-')}", total)]
     one = phase1(task, plan)
     if arm == "phase 1": return [one]
     if arm == "self-training only": return [one, phase3(task, plan, one, name=name, adversarial=0.0)]

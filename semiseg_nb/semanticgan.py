@@ -6,11 +6,11 @@
 __all__ = ['CHOICES', 'RANGES', 'encode_labels', 'drawn_labels', 'SemanticGenerator', 'patch_layers', 'PatchDiscriminators',
            'hinge_d', 'hinge_wrong', 'hinge_g', 'feature_matching', 'pair_r1', 'check_settings', 'SemanticGAN',
            'build_networks', 'mirrored', 'real_images', 'real_pairs', 'fakes', 'seen_by_r', 'seen_by_m', 'gan_updates',
-           'wrong_labels', 'm_losses', 'g_losses', 'penalties', 'path_update', 'fit_oracle', 'agreement',
-           'share_distance', 'unit', 'edges', 'feature_distance', 'FeatureDistance', 'Lpips', 'distance_for',
-           'inversion_lr', 'noise_penalty', 'standardised', 'IntensityMap', 'keep_best', 'invert',
-           'label_by_optimisation', 'slot_level', 'Residual', 'Head', 'Encoder', 'sharp_cross_entropy', 'dice_loss',
-           'SemanticEncoder', 'encoder_losses', 'inverted', 'believe', 'save_semantic', 'load_semantic']
+           'm_losses', 'g_losses', 'penalties', 'path_update', 'fit_oracle', 'agreement', 'share_distance', 'unit',
+           'edges', 'feature_distance', 'FeatureDistance', 'Lpips', 'distance_for', 'inversion_lr', 'noise_penalty',
+           'standardised', 'IntensityMap', 'keep_best', 'invert', 'label_by_optimisation', 'slot_level', 'Residual',
+           'Head', 'Encoder', 'sharp_cross_entropy', 'dice_loss', 'SemanticEncoder', 'encoder_losses', 'inverted',
+           'believe', 'save_semantic', 'load_semantic']
 
 # %% ../nbs/41_semanticgan.ipynb #imports
 import copy
@@ -184,13 +184,13 @@ class SemanticGAN(Method):
         path: float = 0.0, path_every: int = 4,  # weight of path length regularisation (the paper: 2); steps between
         half_life: float = 1000.0,  # of the averaged generator, in images; the paper: 10,000
         augment: str = "",  # of what D_r sees, see `DiffAugment`: any of translation,colour,cutout; "ada"; "": nothing
-        ndf: int = 24, n_layers: int = 1, n_scales: int = 2, norm: str = "instance",  # of `PatchDiscriminators`
+        ndf: int = 24, n_layers: int = 1, n_scales: int = 2, norm: str = "none",  # of `PatchDiscriminators`
         dm_lr: float = 1e-3,  # of D_m; the paper: that of D_r
         dm_weight: float = 1.0,  # of D_m's verdict in the generator's loss
         r1_m: float = 0.05,  # gamma of R1 on D_m
         mismatched: float = 0.5,  # part of D_m's generated side that is real images with wrong labels; the paper: 0
         fm: float = 2.0,  # lambda_fm: weight of feature matching
-        augment_pairs: str = "translation,colour",  # of what D_m sees
+        augment_pairs: str = "translation",  # of what D_m sees
         label_act: str = "none",  # how generated labels are shown to D_m, see `drawn_labels`
         label_noise: float = 0.0,  # deviation of noise on the labels that D_m sees, real and generated
         label_grad: str = "trunk",  # what D_m may move: "trunk": all but the image branch | "head": the label branch alone
@@ -293,27 +293,13 @@ def gan_updates(self: SemanticGAN, lab: dict, unl: dict | None, clock: Clock):
     if self.watch and clock.step % self.watch_every == 0: self.stats = self.stats | self.watch(self)
 
 
-def wrong_labels(
-    label: Tensor,  # (B,K,H,W) of `encode_labels`
-    index: Tensor,  # (B,) which labelled image it is
-    clock: Clock,
-) -> tuple:  # (B,K,H,W), and (B,) bool: whether it differs from the right one
-    "For every second image the label of its neighbour, for the others their own with the object classes exchanged in a cycle"
-    other, differs, n_kinds = label.roll(1, 0), index != index.roll(1, 0), label.shape[1] - 1
-    if n_kinds < 2: return other, differs
-    by = 1 + int(torch.randint(n_kinds - 1, (), generator=clock.rng("exchange")))
-    exchanged = torch.cat([label[:, :1], label[:, 1:].roll(by, 1)], 1)
-    second = torch.arange(len(label), device=label.device) % 2 == 1
-    return torch.where(second.view(-1, 1, 1, 1), other, exchanged), torch.where(second, differs, (label[:, 1:] > 0).flatten(1).any(1))
-
-
 def m_losses(self: SemanticGAN, pair: Tensor, real_m: Tensor, fake: Tensor, index: Tensor, clock: Clock) -> dict:
     "What moves D_m: real pairs against generated ones and, for a part of that side, against real images with wrong labels"
     real, fake = self.D_m(real_m), self.D_m(seen_by_m(self, fake, clock, "fake pair"))
     if not self.mismatched: return {"D_m": hinge_d(real, fake)}
-    label, differs = wrong_labels(pair[:, 3:], index, clock)
-    wrong = self.D_m(seen_by_m(self, torch.cat([pair[:, :3], label], 1), clock, "wrong pair"))
-    return {"D_m": hinge_d(real, fake, 1 - self.mismatched), "D_m mismatched": self.mismatched / 2 * hinge_wrong(wrong, differs)}
+    wrong = self.D_m(seen_by_m(self, torch.cat([pair[:, :3], pair[:, 3:].roll(1, 0)], 1), clock, "wrong pair"))
+    return {"D_m": hinge_d(real, fake, 1 - self.mismatched),
+            "D_m mismatched": self.mismatched / 2 * hinge_wrong(wrong, index != index.roll(1, 0))}
 
 
 def g_losses(self: SemanticGAN, n: int, real_m: Tensor, clock: Clock) -> dict:

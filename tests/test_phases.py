@@ -485,7 +485,7 @@ def test_the_result_is_the_average_and_predicts_what_was_evaluated(task, plan, l
     assert 0 <= evaluate(EMA(n), task.tune)["miou"] <= 1 and left["phase3"].run.steps == 2
 
 
-@pytest.mark.parametrize(("arm", "phases_of_it"), [("phase 1", [1]), ("phase 1, as long as all", [1]), ("self-training only", [1, 3]),
+@pytest.mark.parametrize(("arm", "phases_of_it"), [("phase 1", [1]), ("phase 1, steps of 1 and 3", [1]), ("self-training only", [1, 3]),
                                                   ("S only", [1, 0, 3]), ("without S", [1, 2, 3]), ("G1 moves in phase 2", [1, 0, 2, 3])])
 def test_an_arm_is_made_of_what_it_says(task, plan, left, arm, phases_of_it):
     made = run_arm(arm, task, plan)
