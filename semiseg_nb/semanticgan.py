@@ -95,7 +95,7 @@ class PatchDiscriminators(nn.Module):
         n_scales: int = 2,  # the paper: 3; each further one sees half the size
         ndf: int = 24,  # channels of the first layer; the paper: 64
         n_layers: int = 1,  # convolutions of stride 2; the paper: 3, for 256 pixels
-        norm: str = "instance",  # "instance" | "none", between the first and the last layer
+        norm: str = "none",  # "none" | "instance" as in the paper, between the first and the last layer
     ):
         super().__init__()
         one_of(norm, ("instance", "none"), "norm")

@@ -216,7 +216,7 @@ def test_patches_of_the_published_sizes():
     assert sides(PatchDiscriminators(6, 2, 4, n_layers=2), 6, 32) == [11, 7]
     assert sides(PatchDiscriminators(9, 2, 4, n_layers=2), 9, 32) == [11, 7], "whatever the number of classes"
     assert sides(PatchDiscriminators(11, 3, 2, n_layers=3), 11, 256) == [35, 19, 11]
-    paper = PatchDiscriminators(3 + 8, 3, 64, 3)
+    paper = PatchDiscriminators(3 + 8, 3, 64, 3, "instance")
     assert sum(p.numel() for p in paper.parameters()) == 3 * (11 * 64 * 16 + 64 + 16 * (64 * 128 + 128 * 256 + 256 * 512) + 512 * 16 + 1)
 
 
