@@ -151,3 +151,10 @@ def test_one_notebook_exports_one_module(path):
     exported = [c for c in code_cells(path) if re.match(r"#\|\s*export\b", source(c))]
     assert len(modules) == (1 if exported else 0)
     if modules: assert path.stem == f"{number(path):02d}_{modules[0]}"
+
+
+def test_stored_weights_are_small_and_described():
+    stored = sorted((ROOT / "nbs/weights").glob("*.safetensors"))
+    assert {p.stem for p in stored} == {p.stem for p in METHODS if "skip_training" in declared(p)}, "a notebook that can skip training ships its weights"
+    for path in stored:
+        assert path.stat().st_size < 5e6 and json.loads(path.with_suffix(".json").read_text()), path.name
