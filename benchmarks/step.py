@@ -4,6 +4,7 @@ A step is timed as the engine runs it. Its parts are timed inside the same steps
 with losses, backward, optimiser, weight average, and the engine's own bookkeeping. Methods take turns, so that a machine that slows down slows all of them.
 FLOPs are counted by PyTorch and set against the fastest float32 matrix product of this machine, measured between the rounds. Their ratio to those of
 the supervised step ("passes") is what the forward and backward passes of a method must cost; "beyond" is how much more the step costs than that.
+GANs are timed by benchmarks/gan.py, against the same ceiling.
 Peak memory is what the tensors of one step take at most, beyond weights and optimiser, as PyTorch's allocator reports it.
 """
 import argparse
