@@ -250,8 +250,9 @@ def test_the_script_trains_what_the_notebook_trains():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     a, chosen = script.arguments([]), settings_of(CycleGAN) | script.LESSON
-    shared = ("dataset", "n_labelled", "split_seed", "size", "style", "strength", "model", "width", "views", "steps", "batch_size", "least", "seed")
+    shared = ("dataset", "n_labelled", "split_seed", "style", "strength", "model", "width", "views", "steps", "batch_size", "least", "seed")
     assert {k: getattr(a, k) for k in shared} == {k: lesson[k] for k in shared}
+    assert a.size == 32 and lesson["size"] is None, "which the notebook takes for 32 with scenes"
     assert a.segmenter_steps == lesson["segmenter_part"] * lesson["steps"]
     own = [k for k in lesson if k in chosen]
     assert len(own) > 10 and {k: chosen[k] for k in own} == {k: lesson[k] for k in own}
