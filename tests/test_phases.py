@@ -492,7 +492,7 @@ def test_an_arm_is_made_of_what_it_says(task, plan, left, arm, phases_of_it):
     assert [a.card["phase"] for a in made] == phases_of_it
     final = made[-1].card
     total = plan.steps[1] + plan.steps[3]
-    assert final["steps"] == (total if "as long" in arm else plan.steps[1] if arm == "phase 1" else plan.steps[3])
+    assert final["steps"] == (total if "steps of" in arm else plan.steps[1] if arm == "phase 1" else plan.steps[3])
     if arm == "self-training only": assert final["parents"].keys() == {"G1"} and "D_m" not in final["nets"]
     if arm == "without S": assert "S" not in final["parents"] and "G2" in final["parents"]
     if arm == "S only": assert "G2" not in final["parents"] and "S" in final["parents"]
