@@ -357,8 +357,7 @@ class CycleGAN(Method):
         ndf: int = 16, n_layers: int = 2, norm: str = "instance",  # of `PatchDiscriminator`
         pool: int = 50,  # translations that are kept for the discriminators
         shift: float = 0.1,  # of `moved`
-        lr: float = 2e-4,  # of both Adams
-        decay: float = 0.5,  # part of training in which the rate falls
+        lr: float = 2e-4, decay: float = 0.5,  # of both Adams; part of training in which the rate falls
     ):
         super().__init__()
         if semantic and segmenter is None: raise UserError(f"semantic is {semantic}, but there is no segmenter: give one, or semantic=0.")
