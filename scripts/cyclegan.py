@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from semiseg_nb.core import UserError, seed_everything
+from semiseg_nb.core import UserError, named_values, seed_everything
 from semiseg_nb.cyclegan import CycleGAN, joined, load_across, patch_distance, translated
 from semiseg_nb.data import load_split
 from semiseg_nb.engine import evaluate, fit, make_accelerator
@@ -51,16 +51,6 @@ def arguments(words=None):
     return p.parse_args(words)
 
 
-def pairs(items):
-    "NAME=VALUE strings to a dict; values are read as JSON where they can be"
-    found = {}
-    for item in items:
-        name, _, value = item.partition("=")
-        try: found[name] = json.loads(value)
-        except ValueError: found[name] = value
-    return found
-
-
 def segmenter(a, task, accelerator):
     "A supervised segmenter for the labelled images of a task, and its run"
     seed_everything(a.seed)
@@ -78,7 +68,7 @@ def ruler_of(a, source, task, accelerator):
 
 
 def main(a):
-    chosen, data, accelerator = LESSON | pairs(a.set), pairs(a.data), make_accelerator()
+    chosen, data, accelerator = LESSON | named_values(a.set), named_values(a.data), make_accelerator()
     settings = settings_of(CycleGAN, **chosen)
     source, task = load_across(a.dataset, a.data_root, a.n_labelled, a.split_seed, a.size, a.style, a.strength, a.target_split, a.target_val, **data)
     on = getattr(task, a.score_on)

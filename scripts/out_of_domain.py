@@ -9,12 +9,11 @@
 Block 1 (unet, uda, semanticgan) sees source images alone. Real data: --dataset folder --data-root <nuclei> --targets ood_histology.
 """
 import argparse
-import json
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 
-from semiseg_nb.core import UserError, one_of, seed_everything
+from semiseg_nb.core import UserError, named_values, one_of, seed_everything
 from semiseg_nb.cyclegan import CycleGAN, joined, translated
 from semiseg_nb.engine import fit, make_accelerator
 from semiseg_nb.models import build_model
@@ -29,16 +28,6 @@ from semiseg_nb.uda import UDA
 VIEWS = {"U-Net, weak views": dict(views="weak"), "U-Net, strong colour views": dict(views="strong"),
          "U-Net, strong views without solarize": dict(views="strong")}
 STATISTICS = "U-Net, target statistics"
-
-
-def pairs(items):
-    "NAME=VALUE strings to a dict; values are read as JSON where they can be"
-    found = {}
-    for item in items:
-        name, _, value = item.partition("=")
-        try: found[name] = json.loads(value)
-        except ValueError: found[name] = value
-    return found
 
 
 def arguments():
@@ -94,7 +83,7 @@ class Experiment:
     def target(self, name):
         "The task with unlabelled images of a target; None for a real target that has none"
         if self.a.dataset in PAIRED: return with_target(self.task, name, dataset=self.a.dataset)
-        split = pairs(self.a.target_images).get(name)
+        split = named_values(self.a.target_images).get(name)
         return split and with_target(self.task, split, dataset=self.a.dataset, data_root=self.a.data_root, stretch=self.a.stretch)
 
     def scores(self, method, targets=None):
@@ -140,7 +129,7 @@ def unet(x):
 
 
 def uda(x):
-    settings = dict(views="strong") | pairs(x.a.set)
+    settings = dict(views="strong") | named_values(x.a.set)
     settings_of(UDA, **settings)
     method = UDA(x.net(), x.task, **settings)
     run = x.fit(method, x.task, x.a.steps, x.a.batch_size, "uda", x.source)
@@ -148,7 +137,7 @@ def uda(x):
 
 
 def semanticgan(x):
-    a, settings = x.a, pairs(x.a.set)
+    a, settings = x.a, named_values(x.a.set)
     of_gan = settings_of(SemanticGAN, **settings)
     seed_everything(a.seed)
     gan = SemanticGAN(x.task, **settings)
@@ -165,7 +154,7 @@ def semanticgan(x):
 
 
 def cyclegan(x):
-    a, settings, task = x.a, {"lr": 5e-4} | pairs(x.a.set), x.target_task()
+    a, settings, task = x.a, {"lr": 5e-4} | named_values(x.a.set), x.target_task()
     of_gan = settings_of(CycleGAN, **settings)
     judge, first, of_segmenter = segmenter(x, "U-Net, weak views")
     seed_everything(a.seed)
@@ -183,7 +172,7 @@ def cyclegan(x):
 
 
 def phases(x):
-    a, settings, task = x.a, {"batch_size": 16} | pairs(x.a.set), x.target_task()
+    a, settings, task = x.a, {"batch_size": 16} | named_values(x.a.set), x.target_task()
     for name in settings: one_of(name, [f.name for f in fields(Plan)], "setting of the phases")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(a.work or folder) / f"phases-{a.target}-{a.seed}"

@@ -8,7 +8,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from semiseg_nb.core import UserError, frozen, one_of
+from semiseg_nb.core import UserError, frozen, named_values, one_of
 from semiseg_nb.cyclegan import CycleGAN
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import evaluate, make_accelerator
@@ -40,16 +40,6 @@ def arguments():
     p.add_argument("--out", default="results/ablations/phases", help="folder for records")
     p.add_argument("--work", default="_runs/phases", help="folder for the files of the phases")
     return p.parse_args()
-
-
-def pairs(items):
-    "NAME=VALUE strings to a dict; values are read as JSON where they can be"
-    found = {}
-    for item in items:
-        name, _, value = item.partition("=")
-        try: found[name] = json.loads(value)
-        except ValueError: found[name] = value
-    return found
 
 
 def settings(a, plan, artefacts=()) -> dict:
@@ -88,8 +78,8 @@ def main(a):
         oracle = None
         for n in a.n_labelled:
             plan = Plan(Path(a.work) / f"{a.dataset}-{n}-seed{seed}", seed, tuple(a.steps), a.batch_size, a.lr, a.lr_part, a.views, a.n_painted,
-                        net={"model": a.model, "width": a.width}, cyclegan=pairs(a.cyclegan), first=pairs(a.first), render=pairs(a.render),
-                        again=pairs(a.again), accelerator=accelerator)
+                        net={"model": a.model, "width": a.width}, cyclegan=named_values(a.cyclegan), first=named_values(a.first), render=named_values(a.render),
+                        again=named_values(a.again), accelerator=accelerator)
             settings(a, plan)  # a misspelt setting stops here
             if "all labels" in a.arms:
                 oracle = run(a, "all labels", n, seed, replace(plan, out=Path(a.work) / f"{a.dataset}-all-seed{seed}"), accelerator)

@@ -6,14 +6,13 @@ Every record has `agreement` beside the result. The oracle is a U-Net trained on
 --sweep prints the commands of the D_m sweep (the variants of nbs/41_semanticgan.ipynb); give it the options that all of them should have.
 """
 import argparse
-import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from semiseg_nb.core import UserError, seed_everything
+from semiseg_nb.core import UserError, named_values, seed_everything
 from semiseg_nb.data import Labelled
 from semiseg_nb.engine import evaluate, fit, make_accelerator
 from semiseg_nb.records import make_record, settings_of, write_record
@@ -61,23 +60,13 @@ def arguments():
     return p.parse_args()
 
 
-def pairs(items):
-    "NAME=VALUE strings to a dict; values are read as JSON where they can be"
-    found = {}
-    for item in items:
-        name, _, value = item.partition("=")
-        try: found[name] = json.loads(value)
-        except ValueError: found[name] = value
-    return found
-
-
 def commands(a):
     "One command for each variant of the sweep, with the options that were given"
     kept = {"--dataset": a.dataset, "--steps": a.steps, "--seed": a.seed, "--n-labelled": a.n_labelled, "--size": a.size,
             "--oracle": a.oracle, "--out": a.out}
     options = " ".join(f"{k} {shlex.quote(str(v))}" for k, v in kept.items() if v is not None)
     for name, more in SWEEP.items():
-        own = " ".join(f"--set {shlex.quote(f'{k}={v}')}" for k, v in (pairs(a.set) | more).items())
+        own = " ".join(f"--set {shlex.quote(f'{k}={v}')}" for k, v in (named_values(a.set) | more).items())
         yield f"python scripts/semanticgan.py --stage gan {options} --variant {shlex.quote(name)} {own}".rstrip()
 
 
@@ -91,7 +80,7 @@ def judged(G, oracle, everything, accelerator, val):
 
 def main(a):
     if a.sweep: return print("\n".join(commands(a)))
-    own, encoding, data = pairs(a.set), pairs(a.encode), pairs(a.data)
+    own, encoding, data = named_values(a.set), named_values(a.encode), named_values(a.data)
     settings, encoder_settings = settings_of(SemanticGAN, **own), settings_of(SemanticEncoder, **encoding)
     where = dict(dataset=a.dataset, data_root=a.data_root, split_seed=a.split_seed, size=a.size)
     task = load_pairs(n_labelled=a.n_labelled, **where, **data)
@@ -132,7 +121,7 @@ def second_stage(a, gan, task, on, run, params, encoding, settings, accelerator,
     params = params | named | {"encoder_steps": steps, "distance": method.distance.name, "stage": "full", "scored_on": a.score_on}
     both = replace(run, seconds=run.seconds + again.seconds, images=run.images + again.images)
     record = make_record("semanticgan", both, task, result, params, "stylegan2") | {"encoder_only": {k: alone[k] for k in ("miou", "iou_per_class")}}
-    if a.save: save_semantic(method, pairs(a.set), encoding, a.save, dataset=task.describe(), steps=a.steps, encoder_steps=steps, seed=a.seed)
+    if a.save: save_semantic(method, named_values(a.set), encoding, a.save, dataset=task.describe(), steps=a.steps, encoder_steps=steps, seed=a.seed)
     return record
 
 

@@ -9,7 +9,7 @@ import json
 from semiseg_nb.advsemiseg import S4GAN, AdvSemiSeg
 from semiseg_nb.cct import CCT, CCTWeak
 from semiseg_nb.continuation import Continuation, load_start, start_label
-from semiseg_nb.core import UserError, seed_everything
+from semiseg_nb.core import UserError, named_values, seed_everything
 from semiseg_nb.cyclegan import MaskCycle
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import evaluate, fit, save_weights
@@ -56,18 +56,8 @@ def arguments():
     return p.parse_args()
 
 
-def pairs(items):
-    "NAME=VALUE strings to a dict; values are read as JSON where they can be"
-    found = {}
-    for item in items:
-        name, _, value = item.partition("=")
-        try: found[name] = json.loads(value)
-        except ValueError: found[name] = value
-    return found
-
-
 def main(a):
-    chosen, data = pairs(a.set), pairs(a.data)
+    chosen, data = named_values(a.set), named_values(a.data)
     task = load_task(a.dataset, a.data_root, n_labelled=a.n_labelled, split_seed=a.split_seed, size=a.size, **data)
     seed_everything(a.seed)
     net = build_model(a.model, task.n_classes, encoder=a.encoder, width=a.width, pretrained=a.pretrained, weights=a.weights, mean=task.mean)

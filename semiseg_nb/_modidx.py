@@ -228,6 +228,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'semiseg_nb.core.frozen': ('core.html#frozen', 'semiseg_nb/core.py'),
                                  'semiseg_nb.core.generator': ('core.html#generator', 'semiseg_nb/core.py'),
                                  'semiseg_nb.core.in_range': ('core.html#in_range', 'semiseg_nb/core.py'),
+                                 'semiseg_nb.core.named_values': ('core.html#named_values', 'semiseg_nb/core.py'),
                                  'semiseg_nb.core.notebook_parameters': ('core.html#notebook_parameters', 'semiseg_nb/core.py'),
                                  'semiseg_nb.core.one_of': ('core.html#one_of', 'semiseg_nb/core.py'),
                                  'semiseg_nb.core.poly': ('core.html#poly', 'semiseg_nb/core.py'),

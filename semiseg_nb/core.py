@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'RAMPS', 'UserError', 'one_of', 'in_range', 'seed_everything', 'generator', 'forever', 'ramp', 'poly',
-           'frozen', 'EMA', 'atomic_write', 'check_parameters', 'notebook_parameters']
+           'frozen', 'EMA', 'atomic_write', 'check_parameters', 'notebook_parameters', 'named_values']
 
 # %% ../nbs/00_core.ipynb #imports
 import ast
 import copy
 import difflib
+import json
 import math
 import os
 import random
@@ -203,3 +204,15 @@ def notebook_parameters(
     if not declared: raise UserError("Run the parameters cell first: its first line is '# parameters'.")
     after = cells[declared[-1] + 1:]
     return check_parameters(cells[declared[-1]], after[-1] if after else "", namespace)
+
+# %% ../nbs/00_core.ipynb #named-values
+def named_values(
+    items: list,  # strings "NAME=VALUE"
+) -> dict:
+    "Settings from a command line: values are read as JSON where they can be, else they are text"
+    found = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        try: found[name] = json.loads(value)
+        except ValueError: found[name] = value
+    return found

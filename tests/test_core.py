@@ -14,6 +14,7 @@ from semiseg_nb.core import (
     forever,
     frozen,
     generator,
+    named_values,
     notebook_parameters,
     one_of,
     poly,
@@ -149,3 +150,7 @@ def test_notebook_parameters_reads_the_history_of_the_kernel():
 
 def test_half_life_of_the_average():
     assert round(math.log(0.5) / math.log(0.99)) == 69
+
+
+def test_settings_from_a_command_line():
+    assert named_values(["lr=0.5", "skip=true", "size=[96,128]", "views=strong", "kinds=a=b"]) == {"lr": 0.5, "skip": True, "size": [96, 128], "views": "strong", "kinds": "a=b"}
