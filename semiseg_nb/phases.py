@@ -646,7 +646,7 @@ class Phase3(Phase1):
         mix: float = 1.0,  # part of the strong views with a CutMix box of their neighbour
         cycle: float = 0.5,  # weight of image -> mask -> image
         translated: float = 0.5,  # weight of S
-        rendered: float = 0.5,  # weight of S2
+        rendered: float = 0.1,  # weight of S2
         ramp: float = 0.3,  # part of training over which own labels and cycle grow in
         hard: bool = True,  # masks pass to G2 hard; False: as probabilities
         **first,  # of `Phase1` and `Supervised`
