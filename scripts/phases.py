@@ -31,7 +31,7 @@ def arguments():
     p.add_argument("--steps", nargs=4, type=int, default=[800, 560, 800, 800], help="of phases 0 to 3")
     p.add_argument("--n-painted", type=int, default=1000, help="pairs that the second generator leaves for phase 3")
     p.add_argument("--lr", type=float, default=2e-3)
-    p.add_argument("--lr-part", type=float, default=1 / 3, help="part of it with which phase 3 goes on")
+    p.add_argument("--lr-part", type=float, default=1.0, help="part of it with which phase 3 goes on")
     p.add_argument("--views", default="strong", choices=("weak", "strong"))
     p.add_argument("--score-on", default="val", choices=("val", "tune"), help="choose settings on tune, report on val")
     for name, cls in (("cyclegan", "CycleGAN"), ("first", "Phase1"), ("render", "Phase2"), ("again", "Phase3")):

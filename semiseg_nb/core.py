@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'RAMPS', 'UserError', 'one_of', 'in_range', 'seed_everything', 'generator', 'forever', 'ramp', 'poly',
-           'frozen', 'EMA', 'atomic_write', 'check_parameters', 'notebook_parameters', 'named_values']
+           'frozen', 'EMA', 'atomic_write', 'check_parameters', 'notebook_parameters', 'named_values', 'defaults_of']
 
 # %% ../nbs/00_core.ipynb #imports
 import ast
 import copy
 import difflib
+import inspect
 import json
 import math
 import os
 import random
 from contextlib import suppress
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
@@ -48,8 +50,8 @@ def in_range(
     low: float,  # smallest value that makes sense
     high: float = math.inf,  # largest
 ) -> None:
-    "Raise a `UserError` that names the range when a number lies outside of it"
-    if not low <= value <= high:
+    "Raise a `UserError` that names the range when a number lies outside of it, or is none"
+    if isinstance(value, str) or not low <= value <= high:
         right = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         raise UserError(f"{name} is {value!r}, but it should be {right}.")
 
@@ -110,8 +112,9 @@ def frozen(
     net: nn.Module,  # changed in place
 ) -> nn.Module:  # the same network: no gradients, always in eval mode
     "Freeze a network, buffers included: a later `.train()` of a parent leaves it in eval mode"
+    def stay(self, mode=True): return self
     net.requires_grad_(False).eval()
-    for module in net.modules(): module.train = lambda mode=True, module=module: module
+    for module in net.modules(): module.train = MethodType(stay, module)  # a copy's is bound to the copy
     return net
 
 # %% ../nbs/00_core.ipynb #ema
@@ -208,11 +211,26 @@ def notebook_parameters(
 # %% ../nbs/00_core.ipynb #named-values
 def named_values(
     items: list,  # strings "NAME=VALUE"
+    allowed=None,  # names that there are; None: any
 ) -> dict:
-    "Settings from a command line: values are read as JSON where they can be, else they are text"
-    found = {}
+    "Settings from a command line: values are read as JSON or as True, False, None where they can be, else they are text"
+    words, found = {"True": True, "False": False, "None": None}, {}
     for item in items:
-        name, _, value = item.partition("=")
-        try: found[name] = json.loads(value)
+        name, equals, value = item.partition("=")
+        if not equals: raise UserError(f"'{item}' has no value: write NAME=VALUE.")
+        if allowed is not None: one_of(name, allowed, "setting")
+        try: found[name] = words[value] if value in words else json.loads(value)
         except ValueError: found[name] = value
     return found
+
+
+def defaults_of(
+    cls: type,  # its __init__ may hand `**more` to the class below
+) -> dict:  # name -> default, of every argument that has one
+    "What a class can be told when it is made"
+    wanted = {}
+    for base in cls.__mro__:
+        parameters = inspect.signature(base.__init__).parameters.values()
+        wanted = {p.name: p.default for p in parameters if p.default is not p.empty} | wanted
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters): break
+    return wanted

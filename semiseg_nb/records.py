@@ -10,7 +10,6 @@ __all__ = ['SCHEMA', 'METHODS', 'PROFILES', 'IDENTITY', 'FIELDS', 'DATASET_FIELD
 # %% ../nbs/08_records.ipynb #imports
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import math
 import platform
@@ -20,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from . import __version__
-from .core import UserError, atomic_write, one_of
+from .core import UserError, atomic_write, defaults_of, one_of
 from .engine import Run
 
 # %% ../nbs/08_records.ipynb #constants
@@ -42,12 +41,10 @@ def settings_of(
     **chosen,  # what differs from its defaults
 ) -> dict:
     "Every setting of a method that a record should hold: what was chosen, and the defaults of the rest"
-    wanted = {}
-    for cls in method_class.__mro__:  # `**labelled` hands the rest to the class below
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        wanted = {p.name: p.default for p in parameters if p.default is not p.empty} | wanted
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters): break
-    for name in chosen: one_of(name, wanted, f"setting of {method_class.__name__}")
+    wanted = defaults_of(method_class)
+    for name, value in chosen.items():
+        one_of(name, wanted, f"setting of {method_class.__name__}")
+        if isinstance(wanted[name], bool) and not isinstance(value, bool): raise UserError(f"{name} is {value!r}, but it should be true or false.")
     return {n: getattr(v, "name", v) for n, v in (wanted | chosen).items() if v is not None}
 
 # %% ../nbs/08_records.ipynb #make-record

@@ -1,4 +1,5 @@
 "core: seeds, ramps, averages, files that are whole or absent, parameters of notebooks"
+import copy
 import math
 import os
 
@@ -14,6 +15,7 @@ from semiseg_nb.core import (
     forever,
     frozen,
     generator,
+    in_range,
     named_values,
     notebook_parameters,
     one_of,
@@ -91,6 +93,16 @@ def test_ema_survives_saving_and_gets_no_gradient():
     assert not any(p.requires_grad for p in ema.parameters()) and not ema.train().net.training
 
 
+def test_a_copy_of_a_frozen_network_is_itself():
+    net = frozen(nn.Sequential(nn.BatchNorm2d(2)))
+    other = copy.deepcopy(net)
+    assert other.eval() is other and other[0].train() is other[0] and not other[0].training
+
+
+def test_a_number_that_is_text_is_refused():
+    with pytest.raises(UserError, match="lr is 'abc', but it should be at least 0"): in_range("lr", "abc", 0)
+
+
 def test_frozen_keeps_batch_statistics():
     net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
     holder = nn.ModuleList([frozen(net)]).train()
@@ -153,4 +165,7 @@ def test_half_life_of_the_average():
 
 
 def test_settings_from_a_command_line():
+    assert named_values(["flip=False", "bank=None"]) == {"flip": False, "bank": None}
+    with pytest.raises(UserError, match="'lr' has no value: write NAME=VALUE"): named_values(["lr"])
+    with pytest.raises(UserError, match="setting 'strech' is not known .did you mean 'stretch'"): named_values(["strech=true"], ("stretch", "crop"))
     assert named_values(["lr=0.5", "skip=true", "size=[96,128]", "views=strong", "kinds=a=b"]) == {"lr": 0.5, "skip": True, "size": [96, 128], "views": "strong", "kinds": "a=b"}

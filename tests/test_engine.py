@@ -47,9 +47,7 @@ def same(a, b):
 
 class Broken(UDA):
     "Does something bad at one step"
-    def __init__(self, *args, at=7, do=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._at, self._do = at, do
+    _at, _do = 7, None
 
     def updates(self, lab, unl, clock):
         if clock.step == self._at and self._do: self._do()
@@ -58,9 +56,10 @@ class Broken(UDA):
             yield name, losses
 
 
-def broken(task, **kwargs):
-    method = small(task)
-    return Broken(method.net, task, **kwargs)
+def broken(task, at=7, do=None):
+    method = Broken(small(task).net, task)
+    method._at, method._do = at, do
+    return method
 
 
 def test_two_runs_of_the_same_seed_are_equal_and_another_seed_is_not(task):
@@ -101,6 +100,18 @@ def test_a_finished_run_is_not_run_again(task, tmp_path):
     assert same(method, again) and second.history == first.history and second.seconds == pytest.approx(first.seconds)
 
 
+@pytest.mark.parametrize("other, told", [(dict(strength=0.3), "strength = 0.5, but this one has strength = 0.3"), (dict(lr=0.1), "lr = 0.1")])
+def test_a_run_does_not_go_on_with_another_setting_that_is_no_attribute(task, tmp_path, other, told):
+    quiet(small(task), task, 2, out_dir=tmp_path)
+    with pytest.raises(UserError, match=told): quiet(UDA(small(task).net, task, **other), task, 2, out_dir=tmp_path)
+
+
+def test_a_run_does_not_go_on_with_another_network(task, tmp_path):
+    quiet(small(task), task, 2, out_dir=tmp_path)
+    with pytest.raises(UserError, match="holds other networks than this run"):
+        quiet(UDA(UNet(task.n_classes, width=4), task), task, 2, out_dir=tmp_path)
+
+
 def test_an_interrupted_run_says_where_it_can_go_on(task, tmp_path):
     def interrupt(): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt, match=r"Interrupted at step 7 of 12; the last good checkpoint is step 5 .*resume=True"):
@@ -121,7 +132,8 @@ def test_a_weight_that_is_not_finite_is_never_saved(task, tmp_path):
     method = small(task)
     def poison():
         with torch.no_grad(): method.net[0].bias[0] = float("inf")
-    bad = Broken(method.net, task, at=4, do=poison)
+    bad = Broken(method.net, task)
+    bad._at, bad._do = 4, poison
     with pytest.raises(NonFiniteLoss): quiet(bad, task, 12, out_dir=tmp_path, checkpoint_every=5)
     assert not (tmp_path / "checkpoint.pt").exists()
 
