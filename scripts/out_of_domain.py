@@ -18,7 +18,7 @@ from semiseg_nb.cyclegan import CycleGAN, joined, translated
 from semiseg_nb.engine import fit, make_accelerator
 from semiseg_nb.models import build_model
 from semiseg_nb.out_of_domain import KEPT, PAIRED, colour_views, scores, shifts, with_statistics, with_target
-from semiseg_nb.phases import Plan, run_phases, settings_of_phase, whole_run
+from semiseg_nb.phases import Plan, run_phases, settings_of_plan, whole_run
 from semiseg_nb.records import make_record, settings_of, write_record
 from semiseg_nb.semanticgan import SemanticEncoder, SemanticGAN
 from semiseg_nb.stylegan2 import load_pairs
@@ -172,8 +172,8 @@ def cyclegan(x):
 
 
 def phases(x):
-    a, settings, task = x.a, {"batch_size": 16} | named_values(x.a.set), x.target_task()
-    for name in settings: one_of(name, [f.name for f in fields(Plan)], "setting of the phases")
+    named = [f.name for f in fields(Plan) if f.name not in ("out", "seed", "net", "resume", "progress", "accelerator")]
+    a, settings, task = x.a, {"batch_size": 16} | named_values(x.a.set, named), x.target_task()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(a.work or folder) / f"phases-{a.target}-{a.seed}"
         plan = Plan(out, a.seed, net={"width": a.width}, accelerator=x.accelerator, **settings)
@@ -181,7 +181,7 @@ def phases(x):
         net, run = plan.segmenter(task), whole_run(*left.values())
         left["phase3"].load(G1=net)
     steps = {str(artefact.card["phase"]): artefact.card["steps"] for artefact in left.values()}
-    x.write("phases", "phases", run, x.scores(net.to(x.accelerator.device), [a.target]), settings_of_phase(plan), target=a.target, steps_by_phase=steps)
+    x.write("phases", "phases", run, x.scores(net.to(x.accelerator.device), [a.target]), settings_of_plan(plan), target=a.target, steps_by_phase=steps)
 
 
 ROWS = {"unet": unet, "uda": uda, "semanticgan": semanticgan, "cyclegan": cyclegan, "phases": phases}

@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from semiseg_nb.core import UserError, frozen, named_values, one_of
-from semiseg_nb.cyclegan import CycleGAN
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import evaluate, make_accelerator
-from semiseg_nb.phases import ARMS, Phase1, Phase2, Phase3, Plan, painter_scores, run_arm, whole_run
-from semiseg_nb.records import make_record, settings_of, write_record
+from semiseg_nb.phases import ARMS, Plan, painter_scores, run_arm, settings_of_plan, whole_run
+from semiseg_nb.records import make_record, write_record
 
 
 def arguments():
@@ -42,15 +41,6 @@ def arguments():
     return p.parse_args()
 
 
-def settings(a, plan, artefacts=()) -> dict:
-    "What a record says about all phases: what was asked for, and what the arm changed"
-    changes = {x.card["phase"]: x.card["settings"].get("changes", {}) for x in artefacts}
-    others = {"cyclegan": settings_of(CycleGAN, **plan.cyclegan), "first": settings_of(Phase1, **{"views": a.views, "lr": a.lr} | plan.first),
-              "render": settings_of(Phase2, **plan.render | changes.get(2, {}))}
-    return {**settings_of(Phase3, **{"views": a.views} | plan.again | changes.get(3, {})), "lr": a.lr, "lr_part": a.lr_part, "width": a.width,
-            "n_painted": a.n_painted, "scored_on": a.score_on, **{f"{phase} {k}": v for phase, of in others.items() for k, v in of.items()}}
-
-
 def run(a, arm, n_labelled, seed, plan, accelerator, oracle=None):
     "Train an arm and write its record; gives the network"
     split, complete = seed if a.split_seed is None else a.split_seed, arm == "all labels"
@@ -62,8 +52,9 @@ def run(a, arm, n_labelled, seed, plan, accelerator, oracle=None):
     artefacts[-1].load(G1=net)
     net = frozen(net).to(accelerator.device)
     result = evaluate(net, getattr(task, a.score_on), accelerator=accelerator)
-    params = settings(a, plan, artefacts) | {"variant": a.variant + arm, "of_n_labelled": n_labelled, "split_seed": split,
-                                  "steps_by_phase": {str(x.card["phase"]): x.card["steps"] for x in artefacts}}
+    params = settings_of_plan(plan, artefacts) | {"width": a.width, "scored_on": a.score_on, "variant": a.variant + arm, "split_seed": split,
+                                                  "of_n_labelled": n_labelled,
+                                                  "steps_by_phase": {str(x.card["phase"]): x.card["steps"] for x in artefacts}}
     record = make_record("phases", whole_run(*artefacts), task, result, params, a.model)
     painter = [x for x in artefacts if x.card["phase"] == 2]
     if painter and oracle is not None: record["painter"] = painter_scores(painter[0], task, plan, oracle)
@@ -80,7 +71,6 @@ def main(a):
             plan = Plan(Path(a.work) / f"{a.dataset}-{n}-seed{seed}", seed, tuple(a.steps), a.batch_size, a.lr, a.lr_part, a.views, a.n_painted,
                         net={"model": a.model, "width": a.width}, cyclegan=named_values(a.cyclegan), first=named_values(a.first), render=named_values(a.render),
                         again=named_values(a.again), accelerator=accelerator)
-            settings(a, plan)  # a misspelt setting stops here
             if "all labels" in a.arms:
                 oracle = run(a, "all labels", n, seed, replace(plan, out=Path(a.work) / f"{a.dataset}-all-seed{seed}"), accelerator)
             for arm in (x for x in a.arms if x != "all labels"): run(a, arm, n, seed, plan, accelerator, oracle)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ARMS', 'dice_loss', 'signed', 'unsigned', 'pair', 'asked', 'hinge', 'patch_critic', 'Pairs', 'as_bytes',
            'fingerprint', 'Artefact', 'save_artefact', 'read_artefact', 'belong_together', 'Plan', 'Phase1', 'phase1',
-           'settings_of_phase', 'pack', 'unpack', 'phase0', 'Styled', 'Renderer', 'StyleEncoder', 'pictures',
-           'render_updates', 'Phase2', 'bends', 'bent', 'recombined', 'styles_of', 'painted', 'phase2', 'synthetic',
-           'unlabelled_losses', 'phase3_updates', 'Phase3', 'phase3', 'run_phases', 'whole_run', 'run_arm',
+           'pack', 'unpack', 'phase0', 'Styled', 'Renderer', 'StyleEncoder', 'pictures', 'render_updates', 'Phase2',
+           'bends', 'bent', 'recombined', 'styles_of', 'painted', 'phase2', 'synthetic', 'unlabelled_losses',
+           'phase3_updates', 'Phase3', 'phase3', 'settings_of_plan', 'run_phases', 'whole_run', 'run_arm',
            'painter_scores']
 
 # %% ../nbs/43_phases.ipynb #imports
@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .augment import cutmix, flip_crop, partner
-from .core import IGNORE, UserError, atomic_write, frozen, generator, in_range, one_of, seed_everything
+from .core import IGNORE, UserError, atomic_write, defaults_of, frozen, generator, in_range, one_of, seed_everything
 from .cyclegan import CycleGAN, PatchDiscriminator, constant_then_linear, one_hot, quiet, straight_through, translated
 from .data import Labelled, one_pass
-from .engine import Method, Run, evaluate, fit, save_weights
+from .engine import Method, Run, evaluate, fit, hyperparameters, save_weights
 from .losses import cross_entropy
 from .models import build_model
 from .stylegan2 import EqualConv2d, EqualLinear, ModulatedConv, ToMap, fused_lrelu
@@ -102,7 +102,7 @@ class Pairs(nn.Module):
         stream: str,
     ) -> dict:  # "image" (n,3,H,W) in [0,1], "mask" (n,H,W) int64
         "A random batch, fixed by seed and step"
-        index = torch.randint(len(self), (n * clock.world,), generator=clock.rng(stream))[clock.rows(n)].to(self.mask.device)
+        index = torch.randint(len(self), (n * clock.world,), generator=clock.rng(stream))[clock.rows(n)].to(self.mask.device, non_blocking=True)
         return {"image": self.image[index].float() / 255, "mask": self.mask[index].long()}
 
     def dataset(self, n_classes: int) -> Labelled:
@@ -205,17 +205,19 @@ class Plan:
     accelerator: object = None
 
     def __post_init__(self):
-        if len(self.steps) != 4: raise UserError(f"steps is {self.steps}, but there are four phases: give four numbers.")
+        if not isinstance(self.steps, (tuple, list)) or len(self.steps) != 4:
+            raise UserError(f"steps is {self.steps}, but there are four phases: give four numbers.")
         object.__setattr__(self, "out", Path(self.out))
 
     def segmenter(self, task) -> nn.Module:
         "A new first generator"
         return build_model(**{"model": "unet", **self.net}, n_classes=task.n_classes, mean=task.mean)
 
-    def train(self, method: Method, task, phase: int, name: str, steps: int | None = None) -> Run:
-        "One call of `fit`, with a checkpoint of its own; CycleGAN likes small batches"
-        batch_size = min(4, self.batch_size) if phase == 0 else self.batch_size
-        return fit(method, task, steps or self.steps[phase], batch_size, seed=self.seed, eval_on=False, out_dir=self.out / name,
+    def train(self, method: Method, task, phase: int, name: str, steps: int | None = None, parents: dict | None = None) -> Run:
+        "One call of `fit`, with a checkpoint of its own, which knows its parents; CycleGAN likes small batches"
+        method.parents = " ".join((parents or {}).values())
+        batch_size, steps = min(4, self.batch_size) if phase == 0 else self.batch_size, steps or self.steps[phase]
+        return fit(method, task, steps, batch_size, seed=self.seed, eval_on=False, out_dir=self.out / name, checkpoint_every=max(1, steps // 4),
                    resume=self.resume, progress=self.progress, accelerator=self.accelerator)
 
     def leave(self, name: str, phase: int, nets: dict, task, run: Run, **more) -> Artefact:
@@ -269,15 +271,10 @@ def phase1(
 ) -> Artefact:  # "G1" (its average), and "D_m" where there is one
     "Train the first generator on the labelled images"
     seed_everything(plan.seed)
-    method = Phase1(plan.segmenter(task), task, views=plan.views, lr=plan.lr, **plan.first)
+    method = Phase1(plan.segmenter(task), task, **{"views": plan.views, "lr": plan.lr} | plan.first)
     run = plan.train(method, task, 1, name, steps)
     nets = {"G1": method.ema.net} | ({"D_m": method.D_m} if method.adversarial else {})
-    return plan.leave(name, 1, nets, task, run, parents={}, settings=settings_of_phase(plan))
-
-
-def settings_of_phase(plan: Plan) -> dict:
-    "What a manifest says about the settings"
-    return {k: getattr(plan, k) for k in ("net", "lr", "lr_part", "views", "cyclegan", "first", "render", "again")}
+    return plan.leave(name, 1, nets, task, run, parents={}, settings=hyperparameters(method))
 
 # %% ../nbs/43_phases.ipynb #pack
 def pack(
@@ -286,20 +283,21 @@ def pack(
     leave_out: tuple = ("S2", "D_m", "D_r"),  # networks and pairs that only further training needs
 ) -> Path:
     "Artefacts of all phases in one small file, manifests included"
-    tensors, path = {}, Path(path).with_suffix(".safetensors")
+    tensors, cards, path = {}, {}, Path(path).with_suffix(".safetensors")
     for name, a in left.items():
         gone = (*leave_out, "G1") if a.card["phase"] == 2 else leave_out     # phase 2 only repeats the G1 that it was given
         tensors |= {f"{name}/{k}": t for k, t in a.tensors().items() if k.split(".")[0] not in gone}
-    cards = json.dumps({name: a.card for name, a in left.items()}, indent=1).encode()
+        cards[name] = a.card | {"nets": {k: v for k, v in a.card["nets"].items() if k not in gone}}
     atomic_write(path, methodcaller("write", save(tensors)))
-    atomic_write(path.with_suffix(".json"), methodcaller("write", cards))
+    atomic_write(path.with_suffix(".json"), methodcaller("write", json.dumps(cards, indent=1).encode()))
     return path
 
 
 def unpack(path, plan: Plan, task) -> None:
     "Write the artefacts of such a file into the folder of the plan; raises `UserError` when they are of other data"
     path = Path(path)
-    cards, tensors = json.loads(path.with_suffix(".json").read_text()), load_file(path)
+    try: cards, tensors = json.loads(path.with_suffix(".json").read_text()), load_file(path)
+    except (OSError, ValueError, SafetensorError): raise UserError(f"{path} cannot be read, or has no manifest beside it: train instead.") from None
     for name, card in cards.items():
         if card["split_id"] != task.split_id:
             raise UserError(f"{path.name} was made on the split {card['split_id']}, but this task is {task.split_id}: "
@@ -322,12 +320,13 @@ def phase0(
     one.load(G1=G1)
     seed_everything(plan.seed)
     method = CycleGAN(task, segmenter=G1, **plan.cyclegan)
-    run = plan.train(method, task, 0, name)
+    parents = {"G1": one.card["nets"]["G1"]}
+    run = plan.train(method, task, 0, name, parents=parents)
     pairs, score = translated(method, task.labelled)
     best = score.argsort(descending=True)[:max(1, round(keep * len(pairs)))].sort().values
     S = Pairs(pairs.images[best], pairs.masks[best])
-    return plan.leave(name, 0, {"T": method.G, "S": S}, task, run, parents={"G1": one.card["nets"]["G1"]}, source=best.tolist(),
-                      content=[round(v, 4) for v in score[best].tolist()], settings=settings_of_phase(plan))
+    return plan.leave(name, 0, {"T": method.G, "S": S}, task, run, parents=parents, source=best.tolist(),
+                      content=[round(v, 4) for v in score[best].tolist()], settings=hyperparameters(method))
 
 # %% ../nbs/43_phases.ipynb #renderer
 class Styled(nn.Module):
@@ -411,7 +410,7 @@ def render_updates(self: "Phase2", lab: dict, unl: dict, clock):
     x, y, belief = self.pictures(lab, unl, clock)
     x, m, known, n = signed(x), one_hot(y, self.n_classes), y != IGNORE, len(lab["image"])
     rows = torch.randn(len(x) * clock.world, self.d, generator=clock.rng("style"))
-    s, s_x = rows[clock.rows(len(x))].to(x.device), self.E_s(x)
+    s, s_x = rows[clock.rows(len(x))].to(x.device, non_blocking=True), self.E_s(x)
     again, new = self.G2(torch.cat([m, m]), torch.cat([s_x, s])).chunk(2)  # the image again, and the same mask in a new style
     error = (again - x).abs().mean(1) * belief[:, None, None]
     yield "painter", {
@@ -551,13 +550,13 @@ def phase2(
     G1, D_m = plan.segmenter(task), patch_critic(3 + task.n_classes)
     one.load(G1=G1, **({"D_m": D_m} if "D_m" in one.card["nets"] else {}))
     method = Phase2(task, G1, D_m, zero and zero.pairs("S"), **plan.render | changes)
-    run = plan.train(method, task, 2, name)
+    parents = {"G1": one.card["nets"]["G1"]} | ({"S": zero.card["nets"]["S"]} if zero else {})
+    run = plan.train(method, task, 2, name, parents=parents)
     now = fingerprint(method.G1)
     if method.freeze and now != one.card["nets"]["G1"]: raise RuntimeError("The frozen first generator moved in phase 2.")
     S2 = painted(method.G2, task.labelled, plan.n_painted, plan.seed, styles_of(method.E_s, task.unlabelled))
     nets = {k: getattr(method, k) for k in ("G2", "E_s", "D_r", "D_m", "G1")} | {"S2": S2}
-    parents = {"G1": one.card["nets"]["G1"]} | ({"S": zero.card["nets"]["S"]} if zero else {})
-    return plan.leave(name, 2, nets, task, run, through=now, parents=parents, settings=settings_of_phase(plan) | {"changes": changes})
+    return plan.leave(name, 2, nets, task, run, through=now, parents=parents, settings=hyperparameters(method), changes=changes)
 
 # %% ../nbs/43_phases.ipynb #synthetic
 def synthetic(
@@ -685,20 +684,37 @@ def phase3(
     "Train the first generator again; refuses a second one that was trained through another first one"
     belong_together(one, two, zero)
     seed_everything(plan.seed + 2)
-    net, G2, E_s, D_m = plan.segmenter(task), Renderer(task.n_classes), StyleEncoder(), patch_critic(3 + task.n_classes)
+    d = two.card["settings"]["d"] if two else 8
+    net, G2, E_s, D_m = plan.segmenter(task), Renderer(task.n_classes, d), StyleEncoder(d), patch_critic(3 + task.n_classes)
     if not scratch: one.load(G1=net)
     if two: two.load(G2=G2, E_s=E_s, D_m=D_m)
     elif "D_m" in one.card["nets"]: one.load(D_m=D_m)
     partners = dict(G2=G2, E_s=E_s, S2=two.pairs("S2")) if two else {}
     lr = plan.lr * (1 if scratch else plan.lr_part)
     changes = ({"cycle": 0.0, "rendered": 0.0} if two is None else {}) | ({"translated": 0.0} if zero is None else {}) | changes
-    method = Phase3(net, task, S=zero and zero.pairs("S"), D_m=D_m, views=plan.views, lr=lr, **partners, **plan.again | changes)
-    run = plan.train(method, task, 3, name)
+    method = Phase3(net, task, S=zero and zero.pairs("S"), D_m=D_m, **partners, **{"views": plan.views, "lr": lr} | plan.again | changes)
+    parents = {"G1": one.card["nets"]["G1"], **{k: a.card["nets"][k] for a, k in ((two, "G2"), (two, "E_s"), (two, "S2"), (zero, "S")) if a}}
+    run = plan.train(method, task, 3, name, parents=parents)
     for k in ("G2", "E_s"):
         if method.cycle and fingerprint(getattr(method, k)) != two.card["nets"][k]: raise RuntimeError(f"The frozen {k} moved in phase 3.")
     nets = {"G1": method.ema.net} | ({"D_m": method.D_m} if method.adversarial else {})
-    parents = {"G1": one.card["nets"]["G1"], **{k: a.card["nets"][k] for a, k in ((two, "G2"), (two, "E_s"), (two, "S2"), (zero, "S")) if a}}
-    return plan.leave(name, 3, nets, task, run, parents=parents, settings=settings_of_phase(plan) | {"changes": changes, "scratch": scratch})
+    return plan.leave(name, 3, nets, task, run, parents=parents, settings=hyperparameters(method), changes=changes, scratch=scratch)
+
+# %% ../nbs/43_phases.ipynb #settings-of-plan
+def settings_of_plan(
+    plan: Plan,
+    artefacts=(),  # what an arm of the ablation changed stands in their manifests
+) -> dict:  # those of phase 3 under their own names, the others after the name of their part
+    "Every setting of all phases, for a record; raises `UserError` for one that a phase does not have"
+    changes = {a.card["phase"]: a.card.get("changes", {}) for a in artefacts}
+    parts = {"cyclegan": (CycleGAN, plan.cyclegan), "first": (Phase1, {"views": plan.views, "lr": plan.lr} | plan.first),
+             "render": (Phase2, plan.render | changes.get(2, {})), "": (Phase3, {"views": plan.views} | plan.again | changes.get(3, {}))}
+    found = {"lr_part": plan.lr_part, "n_painted": plan.n_painted}
+    for part, (cls, chosen) in parts.items():
+        known = defaults_of(cls)
+        for name in chosen: one_of(name, known, f"setting of {cls.__name__}")
+        found |= {f"{part} {k}".strip(): v for k, v in (known | chosen).items() if isinstance(v, (bool, int, float, str))}
+    return found | {"lr": plan.lr}
 
 # %% ../nbs/43_phases.ipynb #run-phases
 def run_phases(
@@ -709,6 +725,7 @@ def run_phases(
 ) -> dict:  # name -> Artefact, in the order of the phases
     "All phases in order; a further round starts from the first generator of the round before"
     if rounds < 1: raise UserError(f"rounds is {rounds}, but it should be at least 1.")
+    settings_of_plan(plan)                                                  # a misspelt one stops here
     left = {"phase1": phase1(task, plan)}
     one, zero = left["phase1"], None
     if translated_pairs: left["phase0"] = zero = phase0(task, plan, one)
@@ -754,7 +771,7 @@ def run_arm(
     plan: Plan,  # its folder is shared by the arms of one split and seed; finished phases are not run again
 ) -> list:  # the artefacts that it is made of; the last one holds the final G1
     "Train one arm of the ablation"
-    one_of(arm, ARMS, "arm")
+    one_of(arm, ARMS, "arm"), settings_of_plan(plan)
     name, total = f"phase3-{arm.replace(' ', '-')}", plan.steps[1] + plan.steps[3]
     if arm in ("phase 1, steps of 1 and 3", "all labels"): return [phase1(task, plan, f"phase1-{arm.replace(' ', '-')}", total)]
     one = phase1(task, plan)
