@@ -9,12 +9,13 @@ A folder needs --data-root, --target-split (unlabelled images of the target) and
 import argparse
 import json
 from dataclasses import replace
+from inspect import signature
 
 import torch
 
 from semiseg_nb.core import UserError, named_values, seed_everything
 from semiseg_nb.cyclegan import CycleGAN, joined, load_across, patch_distance, translated
-from semiseg_nb.data import load_split
+from semiseg_nb.data import load_split, load_task
 from semiseg_nb.engine import evaluate, fit, make_accelerator
 from semiseg_nb.models import build_model
 from semiseg_nb.records import make_record, settings_of, write_record
@@ -68,7 +69,8 @@ def ruler_of(a, source, task, accelerator):
 
 
 def main(a):
-    chosen, data, accelerator = LESSON | named_values(a.set), named_values(a.data), make_accelerator()
+    further = [k for k in signature(load_task).parameters if k not in ("style", "strength", "n_labelled", "split_seed", "size", "unlabelled_from")]
+    chosen, data, accelerator = LESSON | named_values(a.set), named_values(a.data, further), make_accelerator()
     settings = settings_of(CycleGAN, **chosen)
     source, task = load_across(a.dataset, a.data_root, a.n_labelled, a.split_seed, a.size, a.style, a.strength, a.target_split, a.target_val, **data)
     on = getattr(task, a.score_on)

@@ -8,12 +8,13 @@ Every record has `agreement` beside the result. The oracle is a U-Net trained on
 import argparse
 import shlex
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import torch
 
 from semiseg_nb.core import UserError, named_values, seed_everything
-from semiseg_nb.data import Labelled
+from semiseg_nb.data import Labelled, load_task
 from semiseg_nb.engine import evaluate, fit, make_accelerator
 from semiseg_nb.records import make_record, settings_of, write_record
 from semiseg_nb.semanticgan import SemanticEncoder, SemanticGAN, agreement, fit_oracle, save_semantic, share_distance
@@ -32,7 +33,7 @@ SWEEP = {
 }
 
 
-def arguments():
+def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", default="full", choices=("gan", "full"))
     p.add_argument("--sweep", action="store_true", help="print the commands of the sweep and stop")
@@ -57,17 +58,19 @@ def arguments():
     p.add_argument("--out", default="results", help="folder for records")
     p.add_argument("--work", help="folder for checkpoints: the run can be interrupted and goes on from there")
     p.add_argument("--save", help="file for the final weights (safetensors) of both stages")
-    return p.parse_args()
+    return p
 
 
 def commands(a):
     "One command for each variant of the sweep, with the options that were given"
-    kept = {"--dataset": a.dataset, "--steps": a.steps, "--seed": a.seed, "--n-labelled": a.n_labelled, "--size": a.size,
-            "--oracle": a.oracle, "--out": a.out}
-    options = " ".join(f"{k} {shlex.quote(str(v))}" for k, v in kept.items() if v is not None)
+    options = []
+    for x in parser()._actions:
+        value = getattr(a, x.dest, x.default)
+        if x.dest in ("help", "stage", "sweep", "set", "variant", "save") or value == x.default: continue
+        options += [f"{x.option_strings[0]} {shlex.quote(str(v))}" for v in (value if isinstance(value, list) else [value])]
     for name, more in SWEEP.items():
         own = " ".join(f"--set {shlex.quote(f'{k}={v}')}" for k, v in (named_values(a.set) | more).items())
-        yield f"python scripts/semanticgan.py --stage gan {options} --variant {shlex.quote(name)} {own}".rstrip()
+        yield " ".join(filter(None, ("python scripts/semanticgan.py --stage gan", *options, f"--variant {shlex.quote(name)}", own)))
 
 
 def judged(G, oracle, everything, accelerator, val):
@@ -80,7 +83,8 @@ def judged(G, oracle, everything, accelerator, val):
 
 def main(a):
     if a.sweep: return print("\n".join(commands(a)))
-    own, encoding, data = named_values(a.set), named_values(a.encode), named_values(a.data)
+    if a.save and a.stage == "gan": raise UserError("--save stores both stages, but --stage gan trains the first alone: leave one of them out.")
+    own, encoding, data = named_values(a.set), named_values(a.encode), named_values(a.data, signature(load_task).parameters)
     settings, encoder_settings = settings_of(SemanticGAN, **own), settings_of(SemanticEncoder, **encoding)
     where = dict(dataset=a.dataset, data_root=a.data_root, split_seed=a.split_seed, size=a.size)
     task = load_pairs(n_labelled=a.n_labelled, **where, **data)
@@ -91,7 +95,7 @@ def main(a):
     on, accelerator, work = getattr(task, a.score_on), make_accelerator(a.device), Path(a.work) if a.work else None
     seed_everything(a.seed)
     gan = SemanticGAN(task, **own)
-    everything = load_pairs(n_labelled=None, **where, **{k: v for k, v in data.items() if k in ("stretch", "style", "strength")})
+    everything = load_pairs(n_labelled=None, **where, **data)
     oracle = fit_oracle(everything, a.oracle_steps, path=a.oracle, accelerator=accelerator)
     def watch(gan): return {"agreement": torch.tensor(agreement(gan.ema.net, oracle.predict, 128)["miou"])}
     gan.watch = watch
@@ -126,5 +130,5 @@ def second_stage(a, gan, task, on, run, params, encoding, settings, accelerator,
 
 
 if __name__ == "__main__":
-    try: main(arguments())
+    try: main(parser().parse_args())
     except UserError as e: raise SystemExit(f"error: {e}") from None

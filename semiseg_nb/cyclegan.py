@@ -57,7 +57,7 @@ def load_across(
     "Source and target of a built-in change of look, or of a folder; raises `UserError` when there is no target"
     one_of(dataset, ("scenes", "folder"), "dataset")
     shared = dict(data_root=data_root, n_labelled=n_labelled, split_seed=split_seed, size=size, **more)
-    source = load_task(dataset, **shared)
+    source = load_task(dataset, **shared, **({} if dataset == "scenes" else {"n_unlabelled": 0}))
     if dataset == "scenes":
         if style == "photo" or strength == 0: raise UserError(f"style '{style}' at strength {strength} is the source itself: choose another look.")
         target = load_task(dataset, style=style, strength=strength, **shared)

@@ -66,6 +66,7 @@ def shifts(
     if dataset not in (*PAIRED, "folder"):
         raise UserError(f"dataset '{dataset}' has no second domain here: use {', '.join(PAIRED)}, or a folder with further splits.")
     names = list(targets or (TARGETS if dataset in PAIRED else ()))
+    if {"train", "val"} & {*names}: raise UserError(f"targets {names} has the source's own train or val: name further splits.")
     if not names: raise UserError("targets is empty: name the splits of the folder that hold the other domain, e.g. ['ood_histology'].")
     if dataset == "folder":
         options = dict(size=size, stretch=stretch, classes=classes)
@@ -186,7 +187,7 @@ def with_target(
         unlabelled = Images([f"{target}@{strength:g}/{layout(i)}" for i in task.unlabelled.ids], found.images.index_select(0, rows))
     else:
         found = load_split(dataset, data_root, split=target, size=task.size, stretch=stretch, classes=task.classes)
-        unlabelled = Images(found.ids, found.images)
+        unlabelled = Images(found.ids, found.images, crop=task.unlabelled.crop)
     return Task(task.name, task.classes, task.palette, task.labelled, unlabelled, task.val, task.tune)
 
 # %% ../nbs/44_out_of_domain.ipynb #statistics

@@ -138,10 +138,11 @@ def hinge_g(fake: list) -> Tensor:  # scalar
 
 
 def feature_matching(
-    real: list, fake: list,  # of two batches that need not belong together
+    real: list, fake: list,  # of two batches that need not belong together; of the larger one, as many as the other has
 ) -> Tensor:  # scalar: 0 for equal maps
     "Mean absolute difference of all maps but the last, summed over layers, mean over scales; the real side is a constant"
-    return sum((f - r.detach()).abs().mean() for rs, fs in zip(real, fake) for r, f in zip(rs[:-1], fs[:-1])) / len(real)
+    k = min(len(real[0][0]), len(fake[0][0]))
+    return sum((f[:k] - r[:k].detach()).abs().mean() for rs, fs in zip(real, fake) for r, f in zip(rs[:-1], fs[:-1])) / len(real)
 
 # %% ../nbs/41_semanticgan.ipynb #pair-r1
 def pair_r1(
@@ -233,7 +234,7 @@ def mirrored(
 ) -> tuple:
     "Half of the images mirrored, all their maps with them"
     n = len(maps[0])
-    coin = (torch.rand(n * clock.world, generator=clock.rng(stream))[clock.rows(n)] < 0.5).to(maps[0].device)
+    coin = (torch.rand(n * clock.world, generator=clock.rng(stream))[clock.rows(n)] < 0.5).to(maps[0].device, non_blocking=True)
     return tuple(torch.where(coin.view(-1, *(1,) * (m.ndim - 1)), m.flip(-1), m) for m in maps)
 
 
@@ -243,7 +244,7 @@ def real_images(self: SemanticGAN, lab: dict, unl: dict | None, clock: Clock) ->
     if unl is not None:
         n = min(len(x), len(unl["image"]))
         coin = torch.rand(n * clock.world, generator=clock.rng("who is real"))[clock.rows(n)] < self.share
-        x = torch.cat([torch.where(coin.to(x.device).view(-1, 1, 1, 1), x[:n], unl["image"][:n]), unl["image"][n:]])
+        x = torch.cat([torch.where(coin.to(x.device, non_blocking=True).view(-1, 1, 1, 1), x[:n], unl["image"][:n]), unl["image"][n:]])
     x = x * 2 - 1
     return mirrored(x, clock=clock, stream="flip images")[0] if self.flip else x
 
@@ -349,11 +350,16 @@ def fit_oracle(
     "A U-Net trained on every mask there is: it judges generated labels, and is never used in training"
     seed_everything(seed)
     oracle = Supervised(UNet(task.n_classes, width, mean=task.mean), task)
+    what = {"width": width, "steps": steps} | {k: v for k, v in task.describe().items() if k in ("name", "size", "n_labelled")}
     if path and Path(path).with_suffix(".safetensors").exists():
+        card = Path(path).with_suffix(".json")
+        made, asked = json.loads(card.read_text()) if card.exists() else {}, json.loads(json.dumps(what))
+        wrong = next((k for k in asked if made.get(k) != asked[k]), None)
+        if wrong: raise UserError(f"The oracle {path} was made with {wrong} = {made.get(wrong)}, not {asked[wrong]}: name another file.")
         load_weights(oracle, Path(path).with_suffix(".safetensors"))
         return oracle.to(accelerator.device).eval() if accelerator else oracle.eval()
     fit(oracle, task, steps, 16, seed=seed, eval_on=False, progress=False, accelerator=accelerator)
-    if path: save_weights(oracle, path, {"oracle": "Supervised", "width": width, "steps": steps, "dataset": task.describe()})
+    if path: save_weights(oracle, path, {"oracle": "Supervised"} | what)
     return oracle
 
 # %% ../nbs/41_semanticgan.ipynb #agreement
@@ -727,6 +733,9 @@ def load_semantic(path, task) -> tuple[SemanticEncoder, dict]:
     if not path.exists() or not card_path.exists():
         raise UserError(f"There are no stored weights {path} with a card {card_path.name} beside them: train with skip_training=False first.")
     card = json.loads(card_path.read_text())
+    made_for = card.get("dataset", {}).get("name", task.name)
+    if not {"gan", "encoder"} <= card.keys() or made_for != task.name:
+        raise UserError(f"{path} does not hold a SemanticGAN for '{task.name}' (its card says '{made_for}'): name another file, or train.")
     method = SemanticEncoder(SemanticGAN(task, **card["gan"]), task, **card["encoder"])
     load_weights(method, path)
     return method.eval(), card

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import EMA, UserError, generator, in_range, one_of
-from .data import DATASETS, Images, Labelled, Task, load_task
+from .data import DATASETS, Images, Labelled, Task, as_size, load_task
 from .engine import Method
 from .scenes import CLASSES, PALETTE, make_scenes
 
@@ -95,9 +95,11 @@ def load_pairs(
     if dataset != "portraits":
         one_of(dataset, ("portraits", *DATASETS), "dataset")
         return load_task(dataset, data_root, n_labelled, split_seed, size, 0 if n_labelled is None else n_unlabelled, **more)
+    pair = as_size(size or 32)
+    if pair[0] != pair[1]: raise UserError(f"size is {size}, but portraits are square: give one number.")
     strange = next((k for k, value in more.items() if value and k not in ("style", "strength")), None)
     if strange: raise UserError(f"{strange} is {more[strange]!r}, but portraits know style and strength only: leave it out.")
-    train, val, tune = (portraits(split, size or 32, more.get("style", "photo"), more.get("strength", 1.0)) for split in PORTRAITS)
+    train, val, tune = (portraits(split, pair[0], more.get("style", "photo"), more.get("strength", 1.0)) for split in PORTRAITS)
     in_range("n_labelled", len(train) if n_labelled is None else n_labelled, 1, len(train))
     order = torch.randperm(len(train), generator=generator(split_seed, "portraits"))
     kinds = torch.tensor([int(name.rsplit("-", 1)[1]) for name in train.ids])[order]

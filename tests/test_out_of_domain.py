@@ -337,3 +337,7 @@ def test_the_script_adapts_to_a_folder(script, monkeypatch, tmp_path, folder):
 def test_the_script_answers_a_mistake_before_training(script, monkeypatch, tmp_path, args, says):
     with pytest.raises(UserError) as error: script.main(arguments(script, monkeypatch, tmp_path, *args))
     assert says in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_the_own_splits_are_no_target():
+    with pytest.raises(UserError, match="source's own train or val"): shifts("folder", "anywhere", ["val"])

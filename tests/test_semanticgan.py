@@ -16,7 +16,7 @@ from torch import nn
 from semiseg_nb import semanticgan
 from semiseg_nb.core import IGNORE, UserError, frozen, generator, seed_everything
 from semiseg_nb.data import Images, Labelled, Task, load_task
-from semiseg_nb.engine import Clock, evaluate, fit
+from semiseg_nb.engine import Clock, evaluate, fit, save_weights
 from semiseg_nb.records import settings_of
 from semiseg_nb.semanticgan import (
     Encoder,
@@ -560,6 +560,21 @@ def test_stored_weights_come_back_with_their_settings(task, tmp_path):
     assert torch.equal(again.predict(x), m.eval().predict(x)) and path.suffix == ".safetensors"
     with pytest.raises(UserError, match="There are no stored weights.*skip_training=False"): load_semantic(tmp_path / "none", task)
     with pytest.raises(UserError, match="does not fit this network"): load_semantic(path, load_task("scenes", n_labelled=4, size=32))
+    other = save_semantic(m, SMALL, {}, tmp_path / "other", dataset={"name": "faces"})
+    with pytest.raises(UserError, match="does not hold a SemanticGAN for 'discs' .its card says 'faces'"): load_semantic(other, task)
+    save_weights(m, tmp_path / "unet", {"method": "uda"})
+    with pytest.raises(UserError, match="does not hold a SemanticGAN"): load_semantic(tmp_path / "unet", task)
+
+
+def test_the_oracle_of_other_data_is_refused(task, tmp_path):
+    fit_oracle(task, 1, width=4, path=tmp_path / "oracle")
+    fit_oracle(task, 1, width=4, path=tmp_path / "oracle")
+    with pytest.raises(UserError, match="was made with steps = 1, not 2"): fit_oracle(task, 2, width=4, path=tmp_path / "oracle")
+
+
+def test_batches_of_unequal_size_are_matched_as_far_as_they_go(task):
+    real, fake = ([[torch.full((n, 1, 2, 2), v), torch.zeros(n, 1, 1, 1)]] for n, v in ((1, 0.0), (3, 2.0)))
+    assert feature_matching(real, fake).item() == 2
 
 
 @pytest.mark.parametrize("more, text", [
