@@ -228,7 +228,7 @@ def save_checkpoint(path, method: Method, run: Run, step: int, settings: dict, a
              "run": {"history": run.history, "seconds": run.seconds, "images": run.images}}
     atomic_write(path, lambda f: torch.save(state, f))
 
-
+# %% ../nbs/07_engine.ipynb #load-checkpoint
 def load_checkpoint(path, method: Method, run: Run, settings: dict, accelerator: Accelerator) -> int:
     "Restore method and run, return the step; raises `UserError` for a broken file or the checkpoint of another run"
     try: state = torch.load(path, map_location="cpu", weights_only=True)

@@ -452,9 +452,7 @@ def test_a_process_killed_in_the_middle_of_a_write_leaves_whole_rows(tmp_path):
 
 class Killed(TemporalEnsembling):
     "Stops at one step, in the middle of it"
-    def __init__(self, *args, at=9, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._at = at
+    _at = -1
 
     def updates(self, lab, unl, clock):
         yield from super().updates(lab, unl, clock)
@@ -466,7 +464,9 @@ def test_resume_after_an_interruption_is_bit_exact(task, tmp_path, kwargs):
     "Step 9 is past the checkpoint of step 5: these updates of the bank must not count twice"
     def make(name, at=-1):
         files = {"file": str(tmp_path / name / "bank")} if "file" in kwargs else {}
-        return Killed(net(task, "dropout"), task, at=at, warmup=0.1, threshold=0.0, **kwargs | files)
+        method = Killed(net(task, "dropout"), task, warmup=0.1, threshold=0.0, **kwargs | files)
+        method._at = at
+        return method
     task_small = copy.copy(task)
     task_small.unlabelled = type(task.unlabelled)(task.unlabelled.ids[:12], task.unlabelled.images[:12])       # three steps are an epoch
     task = task_small
