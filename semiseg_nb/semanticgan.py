@@ -8,9 +8,9 @@ __all__ = ['CHOICES', 'RANGES', 'encode_labels', 'drawn_labels', 'SemanticGenera
            'build_networks', 'mirrored', 'real_images', 'real_pairs', 'fakes', 'seen_by_r', 'seen_by_m', 'gan_updates',
            'm_losses', 'g_losses', 'penalties', 'path_update', 'fit_oracle', 'agreement', 'share_distance', 'unit',
            'edges', 'feature_distance', 'FeatureDistance', 'Lpips', 'distance_for', 'inversion_lr', 'noise_penalty',
-           'standardised', 'IntensityMap', 'keep_best', 'invert', 'label_by_optimisation', 'slot_level', 'Residual',
-           'Head', 'Encoder', 'sharp_cross_entropy', 'dice_loss', 'SemanticEncoder', 'encoder_losses', 'inverted',
-           'believe', 'save_semantic', 'load_semantic']
+           'standardised', 'IntensityMap', 'keep_best', 'invert', 'label_by_optimisation', 'slot_level', 'Head',
+           'Encoder', 'sharp_cross_entropy', 'dice_loss', 'SemanticEncoder', 'encoder_losses', 'inverted', 'believe',
+           'save_semantic', 'load_semantic']
 
 # %% ../nbs/41_semanticgan.ipynb #imports
 import copy
@@ -29,7 +29,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from .core import EMA, IGNORE, UserError, frozen, generator, in_range, one_of, seed_everything
 from .engine import Clock, Method, fit, load_weights, save_weights
 from .metrics import SegmentationMetrics
-from .models import UNet
+from .models import Residual, UNet
 from semiseg_nb.stylegan2 import (
     Discriminator,
     EqualLinear,
@@ -554,18 +554,6 @@ def label_by_optimisation(self: SemanticGAN, x: Tensor, steps: int = 60) -> Tens
 def slot_level(slot: int, n_w: int) -> int:  # 0: finest map, 2: coarsest
     "Which map of the pyramid a style slot is read from: the first three slots from the coarsest, the next four from the middle"
     return 2 if slot < min(3, n_w - 2) else 1 if slot < min(7, n_w - 1) else 0
-
-
-class Residual(nn.Module):
-    "Two 3 x 3 convolutions with BatchNorm beside a short cut"
-
-    def __init__(self, a: int, b: int, stride: int = 1):
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b))
-        self.short = nn.Identity() if (a, stride) == (b, 1) else nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), nn.BatchNorm2d(b))
-
-    def forward(self, x: Tensor) -> Tensor: return F.relu(self.second(self.first(x)) + self.short(x))
 
 
 class Head(nn.Module):
