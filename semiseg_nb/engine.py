@@ -235,7 +235,7 @@ def load_checkpoint(path, method: Method, run: Run, settings: dict, accelerator:
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError):
         raise UserError(f"{path} is not a whole checkpoint: delete it to start again, or choose another out_dir.") from None
     for name, now in settings.items():
-        then = state["settings"].get(name, now)
+        then = state["settings"].get(name)
         if then != now: raise UserError(f"{path} belongs to a run with {name} = {then}, but this one has {name} = {now}: "
                                         "choose another out_dir, or resume=False to start again.")
     try:

@@ -106,6 +106,14 @@ def test_a_run_does_not_go_on_with_another_setting_that_is_no_attribute(task, tm
     with pytest.raises(UserError, match=told): quiet(UDA(small(task).net, task, **other), task, 2, out_dir=tmp_path)
 
 
+def test_a_checkpoint_that_does_not_know_a_setting_is_refused(task, tmp_path):
+    quiet(small(task), task, 2, out_dir=tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["settings"]["strength"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="strength = None, but this one has strength = 0.5"): quiet(small(task), task, 2, out_dir=tmp_path)
+
+
 def test_a_run_does_not_go_on_with_another_network(task, tmp_path):
     quiet(small(task), task, 2, out_dir=tmp_path)
     with pytest.raises(UserError, match="holds other networks than this run"):
