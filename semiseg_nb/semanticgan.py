@@ -8,7 +8,7 @@ __all__ = ['CHOICES', 'RANGES', 'encode_labels', 'drawn_labels', 'SemanticGenera
            'build_networks', 'mirrored', 'real_images', 'real_pairs', 'fakes', 'seen_by_r', 'seen_by_m', 'gan_updates',
            'm_losses', 'g_losses', 'penalties', 'path_update', 'fit_oracle', 'agreement', 'share_distance', 'unit',
            'edges', 'feature_distance', 'FeatureDistance', 'Lpips', 'distance_for', 'inversion_lr', 'noise_penalty',
-           'standardised', 'IntensityMap', 'keep_best', 'invert', 'label_by_optimisation', 'slot_level', 'Head',
+           'standardised', 'hats', 'IntensityMap', 'keep_best', 'invert', 'label_by_optimisation', 'slot_level', 'Head',
            'Encoder', 'sharp_cross_entropy', 'dice_loss', 'SemanticEncoder', 'encoder_losses', 'inverted', 'believe',
            'save_semantic', 'load_semantic']
 
@@ -473,13 +473,21 @@ def standardised(n: Tensor) -> Tensor:
     return n * torch.rsqrt(n.square().mean((1, 2, 3), keepdim=True) + 1e-8)
 
 # %% ../nbs/41_semanticgan.ipynb #intensity-map
+def hats(
+    v: Tensor,  # values in [0,1], any shape
+    knots: int = 8,  # at 0, 1/(knots-1), ..., 1
+) -> Tensor:  # (..., knots): at most two are not 0, and they add up to 1
+    "Weights of the knots around each value: a piecewise linear curve is `hats(v) @ heights`"
+    at = v.clamp(0, 1)[..., None] * (knots - 1)
+    return (1 - (at - torch.arange(knots, device=v.device)).abs()).clamp(min=0)
+
+
 class IntensityMap(nn.Module):
     "A tone curve and a colour matrix for each image, free to invert: what may change between two kinds of pictures of one thing"
 
     def __init__(self, n: int, knots: int = 8):
         super().__init__()
-        self.register_buffer("at", torch.linspace(-1, 1, knots))
-        self.curve = nn.Parameter(self.at.repeat(n, 1))
+        self.curve = nn.Parameter(torch.linspace(-1, 1, knots).repeat(n, 1))
         self.matrix, self.bias = nn.Parameter(torch.eye(3).repeat(n, 1, 1)), nn.Parameter(torch.zeros(n, 3))
 
     def forward(
@@ -487,9 +495,7 @@ class IntensityMap(nn.Module):
         x: Tensor,  # (n,3,H,W), clipped to [-1,1]
     ) -> Tensor:  # (n,3,H,W)
         "Values between two knots lie on a straight line; then every colour is a mixture of the three"
-        step = 2 / (len(self.at) - 1)
-        hats = F.relu(1 - (x.clamp(-1, 1)[..., None] - self.at).abs() / step)                     # (n,3,H,W,knots), they sum to 1
-        toned = torch.einsum("nchwk,nk->nchw", hats, self.curve)
+        toned = torch.einsum("nchwk,nk->nchw", hats((x + 1) / 2, self.curve.shape[1]), self.curve)
         return torch.einsum("ndc,nchw->ndhw", self.matrix, toned) + self.bias[:, :, None, None]
 
 # %% ../nbs/41_semanticgan.ipynb #keep-best

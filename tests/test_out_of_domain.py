@@ -27,7 +27,6 @@ from semiseg_nb.out_of_domain import (
     curve,
     explained,
     fall,
-    hats,
     recolour,
     scores,
     shifts,
@@ -138,13 +137,6 @@ def test_a_mistake_is_one_sentence(folder, wrong, says):
 
 
 # ---------------------------------------------------------------- what a curve can undo
-
-def test_hats_add_up_to_1_and_interpolate_linearly():
-    v = rand(5, 7)
-    assert torch.allclose(hats(v).sum(-1), torch.ones(5, 7), atol=1e-6) and (hats(v) > 0).sum(-1).max() <= 2
-    heights = torch.tensor([0.0, 1.0, 0.5])
-    assert torch.allclose(hats(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), 3) @ heights, torch.tensor([0.0, 0.5, 1.0, 0.75, 0.5]))
-
 
 @pytest.mark.parametrize("change", [lambda x: 1 - x, lambda x: .2 + .5 * x, lambda x: x[:, [2, 0, 1]], lambda x: .3 * x + .2 * x[:, [1, 1, 1]], lambda x: x],
                          ids=["inverted", "gain and offset", "channels changed", "a matrix", "unchanged"])

@@ -37,6 +37,7 @@ from semiseg_nb.semanticgan import (
     fit_oracle,
     g_losses,
     gan_updates,
+    hats,
     hinge_d,
     hinge_g,
     hinge_wrong,
@@ -517,6 +518,13 @@ def test_without_its_weights_lpips_says_what_to_do(monkeypatch, task):
     def offline(*a, **k): raise OSError("no route to host")
     monkeypatch.setattr(semanticgan, "LearnedPerceptualImagePatchSimilarity", offline)
     with pytest.raises(UserError, match="no route to host.*distance='features'"): distance_for("lpips", gan(task).D_r)
+
+
+def test_hats_add_up_to_1_and_interpolate_linearly():
+    v = rand(5, 7)
+    assert torch.allclose(hats(v).sum(-1), torch.ones(5, 7), atol=1e-6) and (hats(v) > 0).sum(-1).max() <= 2
+    heights = torch.tensor([0.0, 1.0, 0.5])
+    assert torch.allclose(hats(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), 3) @ heights, torch.tensor([0.0, 0.5, 1.0, 0.75, 0.5]))
 
 
 def test_the_intensity_map_starts_as_nothing_and_can_invert(world):
