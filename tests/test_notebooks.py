@@ -70,6 +70,14 @@ def test_runs_with_the_smoke_parameters(path, tmp_path):
 
 
 @pytest.mark.slow
+@each([p for p in METHODS if "skip_training" in declared(p)])
+def test_runs_with_its_stored_weights(path, tmp_path):
+    quick = {k: v for k, v in {"oracle_steps": 6, "n_scored": 8}.items() if k in declared(path)}
+    nb = execute(path, tmp_path / path.name, skip_training=True, device="cpu", out_dir=str(tmp_path / "out"), **quick)
+    assert any("image/png" in o.get("data", {}) for c in nb["cells"] for o in c.get("outputs", []))
+
+
+@pytest.mark.slow
 @each([p for p in NOTEBOOKS if tagged(p)])
 def test_an_unknown_parameter_stops_the_notebook(path, tmp_path):
     with pytest.raises(PapermillExecutionError) as error:
