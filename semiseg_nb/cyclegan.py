@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REAL', 'FAKE', 'WEIGHTS', 'RANGES', 'across', 'joined', 'load_across', 'sides_fit', 'start_small', 'instance_norm',
-           'conv_in_relu', 'ResBlock', 'Translator', 'translate', 'PatchDiscriminator', 'large_enough', 'lsgan', 'Pool',
-           'constant_then_linear', 'moved', 'noisy', 'translator_losses', 'judged', 'critic_losses', 'adam', 'checked',
-           'CycleGAN', 'image_miou', 'translated', 'patch_distance', 'one_hot', 'straight_through', 'quiet', 'masks_of',
-           'known_l1', 'cycle_updates', 'MaskCycle']
+           'conv_in_relu', 'ResBlock', 'Translator', 'translate', 'PatchDiscriminator', 'large_enough', 'lsgan',
+           'asked', 'Pool', 'constant_then_linear', 'moved', 'noisy', 'translator_losses', 'judged', 'critic_losses',
+           'adam', 'checked', 'CycleGAN', 'image_miou', 'translated', 'patch_distance', 'one_hot', 'straight_through',
+           'quiet', 'masks_of', 'known_l1', 'cycle_updates', 'MaskCycle']
 
 # %% ../nbs/42_cyclegan.ipynb #imports
 import copy
@@ -204,6 +204,16 @@ def lsgan(
     "Mean squared distance of the answers from what they should be"
     return (d.float() - target).square().mean()
 
+
+def asked(
+    critic: nn.Module,
+    *maps: Tensor,  # what it looks at
+) -> Tensor:  # its answers
+    "Ask a critic without moving it: in eval mode spectral norm makes no step"
+    critic.eval()
+    try: return critic(*maps).float()
+    finally: critic.train()
+
 # %% ../nbs/42_cyclegan.ipynb #pool
 class Pool(nn.Module):
     "Past translations; once full, every second image that the discriminator gets is an old one"
@@ -297,7 +307,7 @@ def translator_losses(
     fake_b, *same_b = self.G(torch.cat([a, b]) if same else a).split([n, m] if same else [n])
     fake_a, *same_a = self.F(torch.cat([b, a]) if same else b).split([m, n] if same else [m])
     back_a, back_b = self.F(noisy(fake_b, self.noise, clock, "noise B")), self.G(noisy(fake_a, self.noise, clock, "noise A"))
-    losses = {"fool B": self.adversarial * lsgan(self.D_B(fake_b), REAL), "fool A": self.adversarial * lsgan(self.D_A(fake_a), REAL),
+    losses = {"fool B": self.adversarial * lsgan(asked(self.D_B, fake_b), REAL), "fool A": self.adversarial * lsgan(asked(self.D_A, fake_a), REAL),
               "cycle A": lam * F.l1_loss(back_a, a), "cycle B": lam * F.l1_loss(back_b, b)}
     if same: losses |= {"identity A": lam * self.identity * F.l1_loss(same_a[0], a), "identity B": lam * self.identity * F.l1_loss(same_b[0], b)}
     if self.semantic: losses["semantic"] = self.semantic * cross_entropy(self.segmenter((back_a + 1) / 2), y)
@@ -496,7 +506,8 @@ def cycle_updates(
     yield "net", {
         "supervised": cross_entropy(z, y), "regression": self.regression * known_l1(r_l, x_m, y_m != IGNORE),
         "image cycle": self.image_cycle * F.l1_loss(r_u, u), "label cycle": self.label_cycle * cross_entropy(z_back, y_m),
-        "fool images": self.adversarial * lsgan(self.D_I(r_l), REAL), "fool masks": self.adversarial * lsgan(self.D_S(blur(m_u, "noise fool")), REAL)}
+        "fool images": self.adversarial * lsgan(asked(self.D_I, r_l), REAL),
+        "fool masks": self.adversarial * lsgan(asked(self.D_S, blur(m_u, "noise fool")), REAL)}
     shown_i, shown_s = self.pool_I(r_l, clock.rng("pool images")), self.pool_S(m_u, clock.rng("pool masks"))
     on_masks = judged(self.D_S, blur(m_l, "noise real"), blur(shown_s, "noise made"), "masks")
     yield "discriminators", {**judged(self.D_I, u, shown_i, "images"), **on_masks}

@@ -35,7 +35,7 @@ from semiseg_nb.cyclegan import (
     translated,
 )
 from semiseg_nb.data import Labelled, load_task
-from semiseg_nb.engine import Clock, evaluate, fit
+from semiseg_nb.engine import Clock, evaluate, fit, make_accelerator, optimise
 from semiseg_nb.models import UNet, count_parameters
 from semiseg_nb.records import settings_of
 from semiseg_nb.supervised import Supervised
@@ -203,6 +203,18 @@ def test_each_step_moves_its_own_networks_only(task):
     sum(losses.values()).backward()
     assert name == "discriminators" and moves(m.D_A) and moves(m.D_B)
     assert all(torch.equal(p.grad, h) for p, h in zip((*m.G.parameters(), *m.F.parameters()), held))
+
+
+@pytest.mark.parametrize("make", [gan, mask_cycle])
+@pytest.mark.parametrize("norm", ["instance", "spectral"])
+def test_the_first_step_leaves_the_discriminators_bit_identical(task, make, norm):
+    m, accelerator = make(task, norm=norm).train(), make_accelerator("cpu")
+    critics = nn.ModuleList([m.D_A, m.D_B] if make is gan else [m.D_I, m.D_S])
+    before, updates = {k: v.clone() for k, v in critics.state_dict().items()}, m.updates(*batch(task), Clock(5, 10))
+    for learn in (False, True):
+        name, losses = next(updates)
+        optimise(m.optimisers[name], losses, accelerator)
+        assert learn != all(torch.equal(v, before[k]) for k, v in critics.state_dict().items())
 
 
 def test_a_translator_is_reached_by_fooling_alone(task):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import NoMask
 from torch import nn
 
 from semiseg_nb import stylegan2
@@ -604,7 +605,6 @@ def test_the_average_follows(task):
     beta = 0.5 ** (4 / 40)                                                                # a batch of four images
     for k, v in m.ema.net.named_parameters():
         assert not v.requires_grad and torch.allclose(v, beta * before[k] + (1 - beta) * m.G.get_parameter(k), atol=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(m.ema.net.buffers(), m.G.buffers()))
 
 
 @pytest.mark.parametrize("kw", [{"augment": "ada", "ada_kimg": 0.02, "path_weight": 2.0, "path_every": 2}, {}])
@@ -622,12 +622,49 @@ def test_a_run_that_is_resumed_ends_bit_identical(task, tmp_path, kw):
 
 def test_no_mask_is_looked_at(task):
     m = method(task)
-    class Blind(dict):
-        def __getitem__(self, key):
-            if key != "image": raise AssertionError(f"'{key}' was read")
-            return super().__getitem__(key)
     lab, unl = batch(task)
-    assert list(m.updates(Blind(lab, mask=None), Blind(unl), Clock(0, 10)))
+    assert list(m.updates(NoMask(lab, mask=None), NoMask(unl), Clock(0, 10)))
+
+
+def test_the_discriminator_sees_everything_augmented(task, monkeypatch):
+    m, seen = method(task), []
+    monkeypatch.setattr(m, "augmented", lambda x, clock, stream: seen.append(stream) or x)
+    list(m.updates(*batch(task), Clock(0, 10)))
+    assert seen == ["real", "fake", "r1", "g"]
+
+
+@pytest.mark.parametrize("make", [lambda: EqualConv2d(6, 5, 3), lambda: ModulatedConv(6, 5, 3, 8, demodulate=False)], ids=["plain", "modulated"])
+def test_convolutions_are_equalised_like_linear_layers(make):
+    seed_everything(0)
+    layer, x, w = make().double(), randn(2, 6, 8, 8, dtype=torch.float64), randn(2, 8, dtype=torch.float64)
+    assert layer.scale == pytest.approx(54**-0.5)
+    before = layer.weight.detach() * layer.scale
+    adam = torch.optim.Adam([layer.weight], lr=0.01, eps=1e-20)
+    (layer(x, w) if isinstance(layer, ModulatedConv) else layer(x)).square().sum().backward()
+    adam.step()
+    assert torch.allclose((layer.weight * layer.scale - before).abs(), torch.tensor(0.01 * layer.scale).double())
+
+
+def test_a_modulated_convolution_starts_at_unit_variance_without_demodulation():
+    seed_everything(0)
+    layer = ModulatedConv(64, 200, 3, 16, demodulate=False)
+    with torch.no_grad(): layer.style.weight.zero_()                                      # style 1 everywhere
+    assert abs(layer(randn(8, 64, 16, 16), randn(8, 16))[..., 1:-1, 1:-1].std() - 1) < 0.05
+
+
+def test_a_path_length_is_a_mean_over_slots():
+    w = randn(2, 4, 3).requires_grad_()
+    _, mean = path_penalty(w.sum(1).view(2, 3, 1, 1), w, torch.tensor(0.0), torch.ones(2, 3, 1, 1))
+    assert torch.allclose(mean, torch.tensor(0.01 * math.sqrt(3)))                        # a sum over the slots would double it
+
+
+def test_each_network_has_the_correction_of_its_own_penalty(task):
+    m = method(task, lr=0.01, r1_every=16, path_weight=2.0, path_every=4)
+    for name, net, c in (("discriminator", m.D, 16 / 17), ("generator", m.G, 4 / 5)):
+        group, = m.optimisers[name].param_groups
+        assert group["lr"] == pytest.approx(0.01 * c) and group["betas"][1] == pytest.approx(0.99**c)
+        assert {id(p) for p in group["params"]} == {id(p) for p in net.parameters()}
+    assert [o.param_groups[0]["lr"] for o in method(task, lr=0.01, gamma=0.0).optimisers.values()] == [0.01, 0.01]
 
 
 def test_labelled_images_are_real_images_too(task):
