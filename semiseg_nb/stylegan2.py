@@ -797,7 +797,7 @@ def path_loss(self: "StyleGAN2", n: int, clock) -> Tensor:
 def sample(
     self: "StyleGAN2",
     n: int,
-    psi: float = 1.0,  # truncation: 1 none, 0 the average image n times
+    psi: float = 1.0,  # truncation: 1 none, 0 the image of the mean style n times
     seed: int = 0,
 ) -> Tensor:  # (n,3,S,S) in [0,1]
     "Images of the averaged generator, with its stored noise"
