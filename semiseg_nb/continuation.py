@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .advsemiseg import FAKE, REAL, FCDiscriminator, bce_map, fresh_masks, gate, hide, large_enough, one_hot, through, trusted, verdicts
+from .advsemiseg import FAKE, REAL, FCDiscriminator, bce_map, fresh_masks, gate, hide, large_enough, through, trusted, verdicts
 from .augment import cutmix, partner
 from .cct import CCT, Tagger, all_pseudo_masks
 from .core import IGNORE, UserError, in_range, one_of
 from .engine import Clock, fit
-from .losses import cross_entropy
+from .losses import cross_entropy, one_hot
 from .supervised import view
 
 # %% ../nbs/21_continuation.ipynb #read-start

@@ -6,8 +6,8 @@
 __all__ = ['REAL', 'FAKE', 'WEIGHTS', 'RANGES', 'across', 'joined', 'load_across', 'sides_fit', 'start_small', 'instance_norm',
            'conv_in_relu', 'ResBlock', 'Translator', 'translate', 'PatchDiscriminator', 'large_enough', 'lsgan',
            'asked', 'Pool', 'constant_then_linear', 'moved', 'noisy', 'translator_losses', 'judged', 'critic_losses',
-           'adam', 'checked', 'CycleGAN', 'image_miou', 'translated', 'patch_distance', 'one_hot', 'straight_through',
-           'quiet', 'masks_of', 'known_l1', 'cycle_updates', 'MaskCycle']
+           'adam', 'checked', 'CycleGAN', 'image_miou', 'translated', 'patch_distance', 'straight_through', 'quiet',
+           'masks_of', 'known_l1', 'cycle_updates', 'MaskCycle']
 
 # %% ../nbs/42_cyclegan.ipynb #imports
 import copy
@@ -22,7 +22,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from .core import IGNORE, UserError, frozen, in_range, one_of
 from .data import Images, Labelled, Task, load_split, load_task, one_pass
 from .engine import Clock, Method
-from .losses import cross_entropy
+from .losses import cross_entropy, one_hot
 from .supervised import Supervised, view
 
 # %% ../nbs/42_cyclegan.ipynb #across
@@ -448,15 +448,6 @@ def patch_distance(
     return (p.mean(1) - q.mean(1)).square().sum() + (p.std(1) - q.std(1)).square().sum()
 
 # %% ../nbs/42_cyclegan.ipynb #straight-through
-def one_hot(
-    y: Tensor,  # (B,H,W) int64, classes or 255
-    n_classes: int,
-) -> Tensor:  # (B,C,H,W) float32, all 0 where the mask is unknown
-    "A mask as one map per class"
-    hot = torch.zeros(len(y), n_classes, *y.shape[1:], device=y.device)
-    return hot.scatter_(1, y.clamp(max=n_classes - 1)[:, None], (y != IGNORE)[:, None].float())
-
-
 def straight_through(
     p: Tensor,  # (B,C,H,W) probabilities
 ) -> Tensor:  # (B,C,H,W): exactly one-hot, with the gradient of p

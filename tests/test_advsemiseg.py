@@ -23,7 +23,6 @@ from semiseg_nb.advsemiseg import (
     gate,
     health,
     hide,
-    one_hot,
     tag_losses,
     through,
     trusted,
@@ -31,7 +30,7 @@ from semiseg_nb.advsemiseg import (
 from semiseg_nb.core import EMA, IGNORE, UserError, generator, poly, seed_everything
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import Clock, evaluate, fit
-from semiseg_nb.losses import cross_entropy
+from semiseg_nb.losses import cross_entropy, one_hot
 from semiseg_nb.models import UNet, count_parameters
 from semiseg_nb.supervised import Supervised, view
 

@@ -27,7 +27,6 @@ from semiseg_nb.cyclegan import (
     masks_of,
     moved,
     noisy,
-    one_hot,
     patch_distance,
     quiet,
     straight_through,
@@ -36,6 +35,7 @@ from semiseg_nb.cyclegan import (
 )
 from semiseg_nb.data import Labelled, load_task
 from semiseg_nb.engine import Clock, evaluate, fit, make_accelerator, optimise
+from semiseg_nb.losses import one_hot
 from semiseg_nb.models import UNet, count_parameters
 from semiseg_nb.records import settings_of
 from semiseg_nb.supervised import Supervised
