@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPS', 'PHOTO', 'GEO', 'ERASE', 'Op', 'from_tv_bin', 'from_tf_level', 'Params', 'fixed', 'fixed_matrix', 'Slot',
-           'Policy', 'identity', 'flip_crop', 'randaugment', 'autoaugment', 'cutmix_boxes', 'cutmix', 'partner']
+           'Policy', 'identity', 'flip_crop', 'randaugment', 'autoaugment', 'cutmix_boxes', 'cutmix', 'partner',
+           'paste']
 
 # %% ../nbs/03_augment.ipynb #imports
 import math
@@ -540,3 +541,12 @@ def cutmix(
 def partner(x: Tensor) -> Tensor:
     "Another image of the batch for every image: neighbours swap; in an odd batch everybody takes the one before"
     return x.roll(1, 0) if len(x) % 2 else x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+# %% ../nbs/03_augment.ipynb #paste
+def paste(
+    box: Tensor,  # (B,H,W) bool
+    *maps: Tensor,  # images (B,3,H,W), logits, labels, valid maps (B,H,W)
+) -> list[Tensor]:
+    "Inside the box every image becomes its partner, and so does everything that is known about its pixels"
+    if len(box) < 2: raise UserError("A single unlabelled image has no partner to paste from: give an unlabelled batch of at least 2.")
+    return [cutmix(m, partner(m), box) for m in maps]
