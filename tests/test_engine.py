@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import EMA, UserError, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import (
     Clock,
     Method,
@@ -73,7 +73,7 @@ def test_resume_after_a_kill_is_bit_exact(task, tmp_path):
         import os, signal, sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from test_engine import broken, quiet
-        from semiseg_nb.data import load_task
+        from semiseg_nb.catalogue import load_task
         task = load_task("scenes", n_labelled=6, size=32)
         method = broken(task, at=8, do=lambda: os.kill(os.getpid(), signal.SIGKILL))
         quiet(method, task, 12, out_dir={str(tmp_path)!r}, checkpoint_every=5)
@@ -264,7 +264,7 @@ import torch
 from torch import nn
 from semiseg_nb.augment import flip_crop
 from semiseg_nb.core import seed_everything
-from semiseg_nb.data import load_task
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.engine import fit, make_accelerator
 from semiseg_nb.uda import UDA
 
