@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.checkpoint import fingerprint, read_state, write_state
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import EMA, UserError, frozen, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import Method, NonFiniteLoss, evaluate, fit, images_at_once, make_accelerator, settings
 from semiseg_nb.models import UNet
 from semiseg_nb.supervised import Supervised
@@ -68,7 +68,7 @@ def test_resume_after_a_kill_is_bit_exact(task, tmp_path):
         import os, signal, sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from test_engine import broken, quiet
-        from semiseg_nb.data import load_task
+        from semiseg_nb.catalogue import load_task
         task = load_task("scenes", n_labelled=6, size=32)
         method = broken(task, at=8, do=lambda: os.kill(os.getpid(), signal.SIGKILL))
         quiet(method, task, 12, out_dir={str(tmp_path)!r}, checkpoint_every=5)
@@ -250,7 +250,7 @@ import torch
 from torch import nn
 from semiseg_nb.augment import flip_crop
 from semiseg_nb.core import seed_everything
-from semiseg_nb.data import load_task
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.engine import fit, make_accelerator
 from semiseg_nb.uda import UDA
 
@@ -350,7 +350,7 @@ def test_a_seed_is_a_whole_number(task, seed):
 OWN = """
 import torch
 from accelerate import Accelerator
-from semiseg_nb.data import load_task
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
 from semiseg_nb.engine import evaluate, fit
 from semiseg_nb.models import UNet
@@ -479,7 +479,8 @@ def test_evaluation_takes_as_many_images_as_fit_into_memory():
 SMALL_VAL = """
 import sys
 from dataclasses import replace
-from semiseg_nb.data import Labelled, load_task
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.data import Labelled
 from semiseg_nb.engine import evaluate, fit, make_accelerator
 from semiseg_nb.models import UNet
 from semiseg_nb.core import seed_everything
