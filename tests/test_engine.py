@@ -51,9 +51,9 @@ class Broken(UDA):
 
     def updates(self, lab, unl, clock):
         if clock.step == self._at and self._do: self._do()
-        for name, losses in super().updates(lab, unl, clock):
+        for name, losses, *statistics in super().updates(lab, unl, clock):
             if clock.step == self._at and not self._do: losses["consistency"] = losses["consistency"] + float("nan")
-            yield name, losses
+            yield name, losses, *statistics
 
 
 def broken(task, at=7, do=None):
