@@ -1,6 +1,6 @@
-"""Parity with the official implementations: the vectors under tests/parity/ hold inputs, weights and outputs of their code (see the README there).
+"""""Parity with the official implementations: the vectors under tests/parity/ hold inputs, weights and outputs of their code (see the README there).
 
-One function per file; its first line says where the pieces live in this package.
+`HOME` says where the pieces live in this package: when one moves, change its line and nothing else.
 """
 import importlib
 import math
@@ -84,12 +84,19 @@ def test_thresholds_of_annealing(kind):
     equal([tsa_threshold(f, 5, kind) for f in v["fraction"].tolist()], v[f"tsa_{kind}_C5"])
 
 
-def test_learning_rates_and_the_threshold_of_bootstrapping():
-    (poly, inversion_lr, bootstrap_threshold), v = ours("poly", "inversion_lr", "bootstrap_threshold"), read("schedules")
-    fractions = v["fraction"].tolist()
-    equal([poly(f, 0.9) for f in fractions], v["poly_0.9"])
-    equal([inversion_lr(f, 0.1) for f in fractions], v["inversion_lr_0.1"])
-    equal([bootstrap_threshold(f, 5) for f in fractions], v["abce_threshold_C5"])
+def test_learning_rate():
+    poly, v = ours("poly"), read("schedules")
+    equal([poly(f, 0.9) for f in v["fraction"].tolist()], v["poly_0.9"])
+
+
+def test_threshold_of_bootstrapping():
+    bootstrap_threshold, v = ours("bootstrap_threshold"), read("schedules")
+    equal([bootstrap_threshold(f, 5) for f in v["fraction"].tolist()], v["abce_threshold_C5"])
+
+
+def test_learning_rate_of_an_inversion():
+    inversion_lr, v = ours("inversion_lr"), read("schedules")
+    equal([inversion_lr(f, 0.1) for f in v["fraction"].tolist()], v["inversion_lr_0.1"])
 
 
 # ------------------------------------------------------------------ CCT
@@ -141,7 +148,7 @@ def test_guided_cutout_erases_what_the_official_one_does_and_a_rim_of_one_cell()
     official, erased = v["official_mask_cells"][:, 0] == 0, ((out == 0) & (v["e"] != 0)).any(1)
     rim = F.max_pool2d(official[:, None].float(), 3, 1, 1)[:, 0] > 0
     assert (erased >= official).all() and (erased <= rim).all()
-    for (i, top, bottom, left, right), mask in zip(boxes, v["official_mask_full"][:, 0] == 0):
+    for (_, top, bottom, left, right), mask in zip(boxes, v["official_mask_full"][:, 0] == 0):
         rows, cols = mask.any(1).nonzero(), mask.any(0).nonzero()
         assert max(abs(top - int(rows[0])), abs(bottom - 1 - int(rows[-1])), abs(left - int(cols[0])), abs(right - 1 - int(cols[-1]))) <= 2
 

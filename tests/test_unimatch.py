@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from semiseg_nb.augment import partner, paste
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import fit
 from semiseg_nb.engine import settings as settings_of_method
 from semiseg_nb.losses import cross_entropy
