@@ -1,4 +1,4 @@
-"""""Parity with the official implementations: the vectors under tests/parity/ hold inputs, weights and outputs of their code (see the README there).
+"""Parity with the official implementations: the vectors under tests/parity/ hold inputs, weights and outputs of their code (see the README there).
 
 `HOME` says where the pieces live in this package: when one moves, change its line and nothing else.
 """
@@ -17,6 +17,7 @@ TOLERANCE = 1e-5
 HOME = {  # piece of this package -> its module
     "Upsampler": "models", "EMA": "core", "ramp": "core", "poly": "core",
     "consistency": "losses", "cross_entropy": "losses", "paste": "augment",
+    "Clock": "clock", "load_task": "catalogue", "UniMatch": "unimatch", "CPS": "unimatch", "PlainCPS": "unimatch",
     "tsa_threshold": "uda", "class_mask": "unimatch", "pseudo_label": "unimatch", "kept": "unimatch", "hard_loss": "unimatch",
     "f_noise": "cct", "f_drop": "cct", "dropout": "cct", "con_msk": "cct", "obj_msk": "cct", "i_vat": "cct", "bootstrap_threshold": "cct",
     "object_boxes": "cct", "sub_boxes": "cct", "g_cutout": "cct",
@@ -191,6 +192,74 @@ def test_classmix():
     loss = rate * hard_loss(z, pseudo_label(z_w, 0.0, valid), valid)
     equal(loss.detach(), v["loss"])
     equal(gradient(loss, z), v["grad"])
+
+
+class Answers(nn.Module):
+    "A network whose answers are given: with gradient those of the student, without it those of the teacher"
+
+    def __init__(self, student, teacher=None):
+        super().__init__()
+        self.student, self.teacher = nn.Parameter(student), teacher
+
+    def forward(self, x): return self.student if torch.is_grad_enabled() else self.teacher
+    def encode(self, x): return [x]
+    def decode(self, features, size): return self.student
+
+
+def step_on(method, y, valid, **boxes):
+    "The losses of one step when views change nothing, and validity and boxes are given: optimiser -> losses"
+    class Given(ours("Clock")):
+        def boxes(self, images, part=1.0, stream="cutmix"): return boxes[stream.replace(" ", "")]
+    method.policies = []
+    method.weak_view = lambda u, clock: (u, valid)
+    method.strong_view = lambda x_w, clock, stream="strong": x_w
+    blank = torch.rand(len(y), 3, *y.shape[1:])
+    updates = method.updates({"image": blank, "mask": y}, {"image": blank}, Given(1, 2))
+    return {name: losses for name, losses, *_ in updates}
+
+
+def task(): return ours("load_task")("scenes", n_labelled=6, size=32)
+
+
+def test_unimatch():
+    "Our whole step; the official loss is half of ours"
+    v = read("unimatch_loss")
+    streams = ["pred_x", None, "pred_u_s1", "pred_u_s2", "pred_u_w_fp"]
+    net = Answers(torch.cat([v[name or "pred_u_w"] for name in streams]))
+    method = ours("UniMatch")(net, task(), threshold=v["threshold"], warmup=0.0)
+    losses = step_on(method, v["mask_x"], v["valid"], cutmix=v["box1"], cutmix2=v["box2"])["net"]
+    equal(losses["supervised"].detach(), v["loss_x"])
+    equal(losses["strong"].detach(), (v["loss_u_s1"] + v["loss_u_s2"]) / 4)
+    equal(losses["feature"].detach(), v["loss_u_w_fp"] / 2)
+    total = sum(losses.values()) / 2
+    equal(total.detach(), v["loss"])
+    for name, slope in zip(streams, gradient(total, net.student).chunk(5)): equal(slope, v[f"grad_{name}"] if name else torch.zeros_like(slope))
+
+
+def test_cps():
+    "Our whole step; no pixel is unknown, for the official code would count it"
+    v = read("cps")
+    nets = [Answers(torch.cat([v[f"pred_sup_{side}"], v[f"pred_unsup_{side}"]])) for side in "lr"]
+    method = ours("PlainCPS")(nets[0], task(), net_b=nets[1], weight=v["weight"], warmup=0.0)
+    first, second = step_on(method, v["gts"], torch.ones_like(v["gts"], dtype=torch.bool)).values()
+    equal(first["supervised"].detach(), v["loss_sup"])
+    equal(second["supervised_b"].detach(), v["loss_sup_r"])
+    equal((first["cross"] + second["cross_b"]).detach(), v["cps_loss"])
+    for side, net, losses in zip("lr", nets, (first, second)):
+        equal(gradient(sum(losses.values()), net.student), torch.cat([v[f"grad_pred_sup_{side}"], v[f"grad_pred_unsup_{side}"]]))
+
+
+def test_cps_with_cutmix():
+    "The cross losses of our whole step; the second batch of the official code is the first one, neighbours swapped"
+    v = read("cps_cutmix")
+    students = [v[f"logits_cons_stu_{i}"] for i in (1, 2)]
+    nets = [Answers(torch.cat([torch.zeros_like(z), z]), v[f"logits_u0_tea_{i}"]) for i, z in enumerate(students, 1)]
+    method = ours("CPS")(nets[0], task(), net_b=nets[1], weight=v["weight"], warmup=0.0)
+    unknown = torch.full_like(v["box"], 255, dtype=torch.long)
+    first, second = step_on(method, unknown, torch.ones_like(v["box"]), cutmix=v["box"]).values()
+    equal((first["cross"] + second["cross_b"]).detach(), v["cps_loss"])
+    for i, net, loss in ((1, nets[0], first["cross"]), (2, nets[1], second["cross_b"])):
+        equal(gradient(loss, net.student)[2:], v[f"grad_logits_cons_stu_{i}"])
 
 
 # ------------------------------------------------------------------ discriminators
