@@ -101,6 +101,12 @@ class Supervised(Method):
 
     def predict(self, x): return self.ema(x)
 
+    def rows(self):
+        "The baseline has two rows in the leaderboard: its averaged and its last weights"
+        if self.name != "supervised": return super().rows()
+        last = "supervised_strong" if self.views == "strong" else "supervised"
+        return {"supervised_ema": ("Supervised, averaged", self), last: ("Supervised", self.net)}
+
     def check(self, task, labelled, unlabelled):
         "Raises `UserError` when the network does not fit the task, or CutMix has no partner"
         size = task.labelled.crop or task.size
