@@ -5,26 +5,25 @@
 # %% auto #0
 __all__ = ['PARTS', 'GONE', 'encode_labels', 'SemanticGenerator', 'patch_layers', 'PatchDiscriminators', 'hinge_d', 'hinge_wrong',
            'hinge_g', 'feature_matching', 'pair_r1', 'real_images', 'SemanticGAN', 'agreement', 'share_distance',
-           'first_edition', 'card_of', 'load_gan']
+           'first_edition', 'read_stored', 'load_gan']
 
 # %% ../nbs/41_semanticgan.ipynb #imports
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .adversarial import answer
+from .checkpoint import read_weights, save_weights
 from .clock import Clock
 from .core import EMA, IGNORE, Count, Fraction, NonNegative, Positive, UserError, checked
 from .core import generator as rng_of
 from .data import Task
-from .engine import Method, save_weights
+from .engine import Method
 from .engine import settings as settings_in_force
 from .ganaugment import augmentation, random_flip
 from .metrics import SegmentationMetrics
@@ -54,7 +53,7 @@ def encode_labels(
 
 # %% ../nbs/41_semanticgan.ipynb #semantic-generator
 class SemanticGenerator(Generator):
-    "StyleGAN2 with a second head at every size: one code gives an image in [-1,1] and the logits of its label"
+    "StyleGAN2 with a second head at every size: a code gives an image in [-1,1] and the logits of its label"
 
     @checked
     def __init__(
@@ -91,7 +90,7 @@ class PatchDiscriminators(nn.Module):
         n_scales: Count = 2,  # the paper: 3; each further one sees half the size
         ndf: Count = 24,  # channels of the first layer; the paper: 64
         n_layers: Count = 1,  # convolutions of stride 2; the paper: 3, for 256 pixels
-        norm: Literal["none", "instance"] = "none",  # between the first and the last layer; the paper: "instance"
+        norm: Literal["none", "instance"] = "none",  # between first and last layer; the paper: "instance"
     ):
         super().__init__()
         self.nets = nn.ModuleList(patch_layers(n_in, ndf, n_layers, norm) for _ in range(n_scales))
@@ -136,7 +135,7 @@ def hinge_g(fake: list) -> Tensor:  # scalar
 def feature_matching(
     real: list, fake: list,  # of two batches that need not belong together; the larger one is cut
 ) -> Tensor:  # scalar: 0 for equal maps
-    "Mean absolute difference of all maps but the last, summed over layers, mean over scales; real is a constant"
+    "Mean absolute difference of all maps but the last, summed over layers, mean over scales; real is fixed"
     k = min(len(real[0][0]), len(fake[0][0]))
     maps = [(r, f) for rs, fs in zip(real, fake) for r, f in zip(rs[:-1], fs[:-1])]
     return sum((f[:k] - r[:k].detach()).abs().mean() for r, f in maps) / len(real)
@@ -170,6 +169,7 @@ def real_images(
 class SemanticGAN(Method):
     "A generator of images and labels, judged by D_r on images and by D_m on pairs: the first stage"
     name, title, paper = "semanticgan_generator", "SemanticGAN, generator", "arXiv 2104.05833"
+    model = "stylegan2"
     r1_every, path_every = 16, 4  # steps between penalties, as in the paper
     held = ()  # heads that D_m may move without what lies before them; the paper: none
 
@@ -178,8 +178,8 @@ class SemanticGAN(Method):
         self,
         task: Task,  # of square images
         *,
-        generator: dict = {},  # settings of `SemanticGenerator`: d, n_map, width; D_r is as wide
-        discriminator: dict = {},  # settings of D_m, see `PatchDiscriminators`: ndf, n_layers, n_scales, norm
+        generator: dict | None = None,  # settings of `SemanticGenerator`: d, n_map, width; D_r is as wide
+        discriminator: dict | None = None,  # of `PatchDiscriminators`, D_m: ndf, n_layers, n_scales, norm
         lr: Positive = 5e-3,  # of G and D_r; constant; the paper's code: 2e-3
         dm_lr: Positive = 1e-3,  # of D_m; the paper: that of D_r
         r1: NonNegative = 0.02,  # gamma of R1 on D_r; the paper: 10, at 256 pixels
@@ -205,15 +205,16 @@ class SemanticGAN(Method):
         self.fm = fm
         self.flip = flip
         for what, given in (("generator", generator), ("discriminator", discriminator)):
-            if not isinstance(given, dict):
+            if not isinstance(given, dict | None):
                 raise UserError(f"{what} is {given!r}, but it should be a dict of its settings.")
         if augment_pairs == "ada":
-            raise UserError("augment_pairs 'ada' watches D_r, not pairs: give any of translation,colour,cutout, or ''.")
+            raise UserError("augment_pairs 'ada' watches D_r, not pairs: "
+                            "give any of translation,colour,cutout, or ''.")
         self.share = len(task.labelled) / max(1, len(task.labelled) + len(task.unlabelled))
-        self.G = SemanticGenerator(side_of(task), task.n_classes, **generator)
+        self.G = SemanticGenerator(side_of(task), task.n_classes, **generator or {})
         self.ema = EMA(self.G)
         self.D_r = Discriminator(self.G.size, 3, self.G.channels)
-        self.D_m = PatchDiscriminators(3 + task.n_classes, **discriminator)
+        self.D_m = PatchDiscriminators(3 + task.n_classes, **discriminator or {})
         self.t_r, self.t_m = augmentation(augment), augmentation(augment_pairs)
         self.register_buffer("path_mean", torch.zeros(()))
         self.optimisers = {"D_r": lazy_adam(self.D_r, lr, self.r1_every if r1 else 0),
@@ -288,7 +289,8 @@ class SemanticGAN(Method):
 
     def predict(self, x):
         "Raises `UserError`: it draws labels, and finds none for a given image"
-        raise UserError("SemanticGAN draws images with labels and labels no given image: call fit(..., eval_on=False), "
+        raise UserError("SemanticGAN draws images with labels and labels no given image: call fit(..., "
+                        "eval_on=False), "
                         "then train a SemanticEncoder(gan, task).")
 
     def lr_factor(self, clock): return 1.0
@@ -326,7 +328,8 @@ def share_distance(
 ) -> float:  # in [0,2]
     "Sum of absolute differences between the class shares of generated and of real pixels"
     known = masks[masks != IGNORE].long()
-    return float((torch.tensor(shares) - torch.bincount(known, minlength=len(shares)) / len(known)).abs().sum())
+    real = torch.bincount(known, minlength=len(shares)) / len(known)
+    return float((torch.tensor(shares) - real).abs().sum())
 
 # %% ../nbs/41_semanticgan.ipynb #stored
 PARTS = {"generator": ("d", "n_map", "width"), "discriminator": ("ndf", "n_layers", "n_scales", "norm")}
@@ -339,26 +342,24 @@ def first_edition(
     "Settings of `SemanticGAN` under today's names"
     def found(names): return {k: settings[k] for k in names if settings.get(k) is not None}
     inner = {part: found(names) for part, names in PARTS.items()}
-    rest = {k: v for k, v in settings.items() if k not in (*GONE, *PARTS["generator"], *PARTS["discriminator"])}
+    other = (*GONE, *PARTS["generator"], *PARTS["discriminator"])
+    rest = {k: v for k, v in settings.items() if k not in other}
     return {part: values for part, values in inner.items() if values} | rest
 
 
-def card_of(
-    path: Path,  # of a weights file
+def read_stored(
+    path,  # of a weights file
     task: Task,
-    *stages: str,  # whose settings must be there
-) -> dict:
-    "The card beside stored weights; raises `UserError` where it is missing, or made for another data set"
-    card_path = path.with_suffix(".json")
-    if not path.exists() or not card_path.exists():
-        raise UserError(f"There are no stored weights {path} with a card {card_path.name} beside them: "
-                        "train with skip_training=False first.")
-    card = json.loads(card_path.read_text())
-    made_for = card.get("dataset", {}).get("name", task.name)
-    if not set(stages) <= card.keys() or made_for != task.name:
+    *stages: str,  # whose settings must be in the card
+) -> tuple[dict, dict]:  # tensors by name, and the card
+    "Stored weights; raises `UserError` where they are missing, or made for another data set"
+    tensors, card = read_weights(path)
+    dataset = card.get("dataset", {})
+    made_for = dataset.get("name", task.name) if isinstance(dataset, dict) else dataset
+    if made_for != task.name or not all(isinstance(card.get(stage), dict) for stage in stages):
         raise UserError(f"{path} does not hold a SemanticGAN for '{task.name}' (its card says '{made_for}'): "
                         "name another file, or train.")
-    return card
+    return tensors, card
 
 
 def load_gan(
@@ -366,15 +367,13 @@ def load_gan(
     task: Task,  # with images and classes of the same kind
 ) -> tuple[SemanticGAN, dict]:  # a trained generator with its D_r, and the card
     "Read a generator from its weights file; raises `UserError` where it does not fit"
-    path = Path(path).with_suffix(".safetensors")
-    card = card_of(path, task, "gan")
+    tensors, card = read_stored(path, task, "gan")
     gan = SemanticGAN(task, **first_edition(card["gan"]))
+    def part(*names):
+        return {k.removeprefix(n): v for n in names for k, v in tensors.items() if k.startswith(n)}
     try:
-        tensors = load_file(path)
-        def part(*names):
-            return {k.removeprefix(n): v for n in names for k, v in tensors.items() if k.startswith(n)}
         for net in (gan.G, gan.ema.net): net.load_state_dict(part("G."))
         gan.D_r.load_state_dict(part("D_r.", "distance.D."))
-    except Exception as e:
+    except (RuntimeError, ValueError) as e:
         raise UserError(f"{path} does not fit this network: {str(e).splitlines()[-1].strip()}") from None
     return gan.eval(), card
