@@ -17,7 +17,6 @@ from semiseg_nb.engine import evaluate, fit, save_weights
 from semiseg_nb.guidedmix import GuidedMix
 from semiseg_nb.models import build_model
 from semiseg_nb.records import make_record, settings_of, write_record
-from semiseg_nb.stylegan2 import load_pairs
 from semiseg_nb.supervised import Supervised
 from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling
 from semiseg_nb.uda import UDA
@@ -60,7 +59,7 @@ def arguments():
 
 def main(a):
     chosen, data = named_values(a.set), named_values(a.data, signature(load_task).parameters)
-    task = load_pairs(a.dataset, a.data_root, n_labelled=a.n_labelled, split_seed=a.split_seed, size=a.size, **data)
+    task = load_task(a.dataset, a.data_root, n_labelled=a.n_labelled, split_seed=a.split_seed, size=a.size, **data)
     seed_everything(a.seed)
     net = build_model(a.model, task.n_classes, encoder=a.encoder, width=a.width, pretrained=a.pretrained, weights=a.weights, mean=task.mean)
     settings_of(METHODS[a.method], **chosen)
