@@ -11,7 +11,7 @@ __all__ = ['KINDS', 'TEN', 'f_noise', 'dropout', 'f_drop', 'object_classes', 'ob
 # %% ../nbs/13_cct.ipynb #imports
 from collections import defaultdict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -344,6 +344,7 @@ class CCT(Supervised):
     name, title, paper = "cct", "CCT", "arXiv 2003.09005"
     uses_unlabelled = True
     weak_weight = 0.0  # of labels from tags, which a subclass has
+    baseline: ClassVar[dict] = {"weight": 0.0}
 
     @checked
     def __init__(
@@ -431,6 +432,7 @@ class CCT(Supervised):
 class CCTWeak(CCT):
     "CCT whose auxiliary decoders also learn from pseudo-masks"
     name, title, paper = "cct_pseudo", "CCT with pseudo-masks", "arXiv 2003.09005"
+    baseline: ClassVar[dict] = {"weight": 0.0, "weak_weight": 0.0}
 
     @checked
     def __init__(
@@ -478,7 +480,8 @@ def cct_weak(
     pool: PartOfMap = 0.25,  # see `CAMNet`
     high: Fraction = 0.4,  # see `pseudo_masks`
     low: Fraction = 0.1,
-    **cct,  # of `CCTWeak`
+    rule_out: bool = False,  # True: classes that are not tagged are struck from the target (ours)
+    cct: dict | None = None,  # further settings of `CCTWeak`
 ):
     "Train a classifier on the tags, make masks of its maps, train CCT with them"
     pseudo = None
@@ -488,6 +491,7 @@ def cct_weak(
                             "training size.")
         tagger = yield Stage("tags", Tagger(task, pool=pool), tag_steps, batch_size=tag_batch)
         pseudo = all_pseudo_masks(tagger.net, task.unlabelled, high, low)
-    elif not cct.get("rule_out"):
+    elif not rule_out:
         raise UserError("With tag_steps=0 the tags are used for nothing: add rule_out=True, or train cct.")
-    return (yield Stage("cct", CCTWeak(net, task, pseudo=pseudo, **cct), steps, scored=True))
+    method = CCTWeak(net, task, pseudo=pseudo, rule_out=rule_out, **(cct or {}))
+    return (yield Stage("cct", method, steps, scored=True))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from semiseg_nb.augment import paste
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import (
     CCT,
     CCTWeak,
@@ -34,7 +35,6 @@ from semiseg_nb.cct import (
 )
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import fit, settings
 from semiseg_nb.losses import consistency, divergence
 from semiseg_nb.models import build_model
@@ -387,7 +387,7 @@ def test_absent_classes_are_struck_from_the_target(task):
 
 def test_cct_with_tags_has_two_stages_and_keeps_its_masks_in_the_frame_of_the_view(task):
     seed_everything(0)
-    method, stages = drive(cct_weak(net(task), task, 2, tag_steps=2, tag_batch=4, kinds="dropout,con_msk"), task)
+    method, stages = drive(cct_weak(net(task), task, 2, tag_steps=2, tag_batch=4, cct={"kinds": "dropout,con_msk"}), task)
     assert [(s.name, s.steps, s.scored) for s in stages] == [("tags", 2, False), ("cct", 2, True)] and stages[0].batch_size == 4
     assert method.pseudo.shape == (24, 32, 32) and not any("pseudo" in k or "tagger" in k for k in method.state_dict())
     assert torch.isfinite(step_of(method, task)[1]["weak"])
@@ -398,7 +398,7 @@ def test_cct_with_tags_has_two_stages_and_keeps_its_masks_in_the_frame_of_the_vi
 
 
 def test_without_a_classifier_there_is_one_stage_and_no_mask(task):
-    method, stages = drive(cct_weak(net(task), task, 1, tag_steps=0, rule_out=True, kinds="dropout"), task)
+    method, stages = drive(cct_weak(net(task), task, 1, tag_steps=0, rule_out=True, cct={"kinds": "dropout"}), task)
     assert [s.name for s in stages] == ["cct"] and method.pseudo is None
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from semiseg_nb.adversarial import answer, hide, upper_part
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import CCT, cct_weak
 from semiseg_nb.clock import Clock
 from semiseg_nb.continuation import (
@@ -23,7 +24,6 @@ from semiseg_nb.continuation import (
     start_label,
 )
 from semiseg_nb.core import IGNORE, UserError, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import evaluate, fit, settings
 from semiseg_nb.losses import cross_entropy
 from semiseg_nb.models import batch_norms, build_model
@@ -60,7 +60,7 @@ def drive(stages, task, seed=0, folder=None):
 def start(task, tmp_path_factory):
     "The folder with a checkpoint of CCT with tags, and the score that its run reported"
     folder = tmp_path_factory.mktemp("start")
-    _, _, run = drive(cct_weak(net(task), task, 4, kinds="f_noise,dropout", tag_steps=2, tag_batch=4), task, 1, folder)
+    _, _, run = drive(cct_weak(net(task), task, 4, tag_steps=2, tag_batch=4, cct={"kinds": "f_noise,dropout"}), task, 1, folder)
     return folder / "cct", run.result["miou"]
 
 
@@ -110,7 +110,7 @@ def test_the_label_is_equal_for_all_seeds_and_not_for_other_settings(task, tmp_p
 
 
 def test_auxiliary_decoders_can_be_kept_for_the_control(task, start):
-    method = begun(CCT, task, start, kinds=read_start(start[0])["settings"]["kinds"], ramp_up=0.0)
+    method = begun(CCT, task, start, kinds=read_start(start[0])["identity"]["kinds"], ramp_up=0.0)
     method.decoders.load_state_dict(part(read_start(start[0]), "decoders."))
     assert {"consistency", "f_noise"} <= set(run(method, task).history[-1])
 
@@ -295,14 +295,14 @@ def test_the_discriminator_learns_from_hidden_padding_and_counts_known_pixels(ta
 
 def test_the_recipe_trains_a_start_and_goes_on(task):
     network = net(task)
-    method, stages, _ = drive(continuation(network, task, 2, start_steps=2, cct=dict(kinds="dropout", tag_steps=2, tag_batch=4), warmup=0.5), task)
+    method, stages, _ = drive(continuation(network, task, 2, start_steps=2, tag_steps=2, cct={"kinds": "dropout"}, on={"warmup": 0.5}), task)
     assert [s.name for s in stages] == ["tags", "cct", "continued"] and isinstance(method, WeakContinuation) and method.warmup == 0.5
-    assert method.net is network and all(m.keeps_statistics for m in batch_norms(network))
+    assert method.net is network and not any(m.train().training for m in batch_norms(network)) and method.start is None
 
 
 def test_with_a_start_the_recipe_has_one_stage_and_without_tags_no_gate(task, start):
     method, stages, _ = drive(continuation(net(task), task, 2, start=str(start[0])), task)
-    assert [s.name for s in stages] == ["continued"] and stages[0].scored
+    assert [s.name for s in stages] == ["continued"] and stages[0].scored and method.start == start_label(start[0])
     untagged = load_task("scenes", n_labelled=6, size=32, n_unlabelled=24)
     method, stages, _ = drive(continuation(net(untagged), untagged, 1, start_steps=1, cct=dict(kinds="dropout")), untagged)
     assert [s.name for s in stages] == ["cct", "continued"] and type(method) is SemiContinuation
@@ -328,7 +328,7 @@ def test_a_step_runs_under_bfloat16(task, start):
 
 
 def test_the_settings_are_attributes(task):
-    chosen = dict(adversarial=0.1, adversarial_u=0.0, threshold=0.5, warmup=0.0, ndf=4, lr=1e-3, views="strong")
+    chosen = dict(adversarial=0.1, start="CCT", adversarial_u=0.0, threshold=0.5, warmup=0.0, ndf=4, lr=1e-3, views="strong")
     assert chosen.items() <= settings(WeakContinuation(net(task), task, **chosen)).items()
 
 
@@ -346,15 +346,24 @@ def test_a_strange_start_is_one_sentence(task, start, tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match="checkpoint"): read_start(path)
     state = torch.load(start[0] / "checkpoint.pt", weights_only=True)
-    odd = [{k: v for k, v in state.items() if k != gone} for gone in ("method", "settings", "step", "run")] + [
-        {"method": {"net.w": torch.zeros(1)}}, state | {"step": "4"}, state | {"settings": [1]}, state | {"method": {"net.w": torch.zeros(1)}},
+    odd = [{k: v for k, v in state.items() if k != gone} for gone in ("method", "identity", "step", "run")] + [
+        {"method": {"net.w": torch.zeros(1)}}, state | {"step": "4"}, state | {"identity": [1]}, state | {"method": {"net.w": torch.zeros(1)}},
         state | {"method": {"ema.net.w": 3}}, state | {"method": {1: torch.zeros(1)}}, [state], torch.zeros(2)]
     for content in odd:
         torch.save(content, path)
         with pytest.raises(UserError, match="give (one|the checkpoint)"): read_start(path)
-    for content in (state | {"settings": {}}, state | {"method": {"ema.net.w": torch.zeros(1)}}):
+    for content in (state | {"identity": {}}, state | {"method": {"ema.net.w": torch.zeros(1)}}):
         torch.save(content, path)
         with pytest.raises(UserError): load_start(net(task), path, task)
+
+
+def test_a_checkpoint_of_the_first_edition_is_a_start(task, start, tmp_path):
+    state = read_start(start[0])
+    old = {"settings": {"method": "CCTWeak", "split_id": task.split_id, "seed": 3}} | {k: v for k, v in state.items() if k != "identity"}
+    torch.save(old, tmp_path / "checkpoint.pt")
+    network = net(task, 5)
+    assert load_start(network, tmp_path, task).startswith("CCTWeak, 4 steps, ")
+    assert same(network.state_dict(), part(state, "ema.net."))
 
 
 def test_bytes_that_were_changed_never_end_in_another_error(start, tmp_path):

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from semiseg_nb.adversarial import gate
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import fit, settings
 from semiseg_nb.tags import CAMNet, Tagger, all_pseudo_masks, cams, possible, pseudo_masks, tag_loss, telling_tags
 
