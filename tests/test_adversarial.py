@@ -27,9 +27,9 @@ from semiseg_nb.adversarial import (
     upper_part,
     verdicts,
 )
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.losses import cross_entropy, one_hot
 from semiseg_nb.models import count_parameters
 
