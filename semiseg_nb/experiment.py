@@ -22,17 +22,7 @@ from torch import Tensor, nn
 
 import semiseg_nb
 from .checkpoint import fingerprint, plain, save_weights
-from semiseg_nb.core import (
-    Count,
-    Positive,
-    UserError,
-    Whole,
-    atomic_write,
-    checked,
-    defaults_of,
-    one_of,
-    seed_everything,
-)
+from .core import Count, Positive, UserError, Whole, atomic_write, checked, defaults_of, one_of, seed_everything
 from .data import Task
 from .engine import Method, Run, Stage, evaluate, fit, make_accelerator
 from .engine import settings as settings_of_method

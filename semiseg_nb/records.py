@@ -162,7 +162,7 @@ def read_records(root="results") -> tuple[list[dict], dict[str, str]]:
     records, refused = [], {}
     for path in sorted(root.rglob("*.json")):
         name = path.relative_to(root)
-        if name.parts[0] in ("ablations", "benchmarks"): continue
+        if name.parts[0] in ("ablations", "benchmarks") or name.name == "run.json": continue
         try: record = read_json(path)
         except UserError: refused[str(name)] = "it is not readable JSON"; continue
         problem = what_is_wrong(record)
@@ -183,7 +183,8 @@ def table(records: list[dict]) -> str:
     rows = [("method", "model", "data", "seed", "mIoU", "seconds")]
     for r in sorted(records, key=lambda r: r["result"]["miou"]):
         data = r["dataset"]
-        rows.append((r.get("title", r["method"]), r["encoder"] or r["model"], f"{data['name']}, {data['n_labelled']} of {data['n_labelled'] + data['n_unlabelled']} labelled",
+        labels = f"{data['name']}, {data['n_labelled']} of {data['n_labelled'] + data['n_unlabelled']} labelled"
+        rows.append((r.get("title", r["method"]), r["encoder"] or r["model"], labels,
                      str(r["seed"]), f"{r['result']['miou']:.3f}", f"{r['seconds']:.0f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]

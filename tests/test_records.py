@@ -9,17 +9,7 @@ import pytest
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
 from semiseg_nb.engine import Run
-from semiseg_nb.records import (
-    commit,
-    identity,
-    main,
-    make_record,
-    profile_of,
-    read_records,
-    thin,
-    what_is_wrong,
-    write_record,
-)
+from semiseg_nb.records import commit, identity, main, make_record, profile_of, read_records, thin, what_is_wrong, write_record
 
 RESULT = {"miou": 0.61, "iou_per_class": [0.9, 0.5, float("nan"), 0.4, 0.6], "pixel_accuracy": 0.8, "ece": 0.05}
 
