@@ -7,16 +7,18 @@ import argparse
 import json
 from inspect import signature
 
-from semiseg_nb.advsemiseg import S4GAN, AdvSemiSeg
+from semiseg_nb.advsemiseg import AdvSemiSeg
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import CCT, CCTWeak
-from semiseg_nb.continuation import WeakContinuation, load_start, start_label
+from semiseg_nb.continuation import Continuation, load_start, start_label
 from semiseg_nb.core import UserError, named_values, seed_everything
 from semiseg_nb.cyclegan import MaskCycle
 from semiseg_nb.engine import evaluate, fit, save_weights
 from semiseg_nb.guidedmix import GuidedMix
 from semiseg_nb.models import build_model
 from semiseg_nb.records import make_record, settings_of, write_record
+from semiseg_nb.s4gan import S4GAN
+from semiseg_nb.stylegan2 import load_pairs
 from semiseg_nb.supervised import Supervised
 from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling
 from semiseg_nb.uda import UDA
@@ -24,7 +26,7 @@ from semiseg_nb.unimatch import CPS, ClassMix, CutMixSeg, FixMatch, UniMatch, Un
 
 METHODS = {"supervised": Supervised, "uda": UDA, "temporal": TemporalEnsembling, "mean_teacher": MeanTeacher, "cct": CCT, "cct_weak": CCTWeak,
            "cutmix": CutMixSeg, "classmix": ClassMix, "fixmatch": FixMatch, "cps": CPS, "unimatch": UniMatch, "unimatch_v2": UniMatchV2,
-           "advsemiseg": AdvSemiSeg, "s4gan": S4GAN, "continuation": WeakContinuation, "guidedmix": GuidedMix,
+           "advsemiseg": AdvSemiSeg, "s4gan": S4GAN, "continuation": Continuation, "guidedmix": GuidedMix,
            "cyclegan": MaskCycle}
 
 
@@ -59,12 +61,13 @@ def arguments():
 
 def main(a):
     chosen, data = named_values(a.set), named_values(a.data, signature(load_task).parameters)
-    task = load_task(a.dataset, a.data_root, n_labelled=a.n_labelled, split_seed=a.split_seed, size=a.size, **data)
+    task = load_pairs(a.dataset, a.data_root, n_labelled=a.n_labelled, split_seed=a.split_seed, size=a.size, **data)
     seed_everything(a.seed)
     net = build_model(a.model, task.n_classes, encoder=a.encoder, width=a.width, pretrained=a.pretrained, weights=a.weights, mean=task.mean)
     settings_of(METHODS[a.method], **chosen)
     label = start_label(a.start) if a.start else None
-    if a.start: load_start(net, a.start, task)
+    if a.method == "continuation": chosen["start"] = a.start
+    elif a.start: load_start(net, a.start, task)
     method = METHODS[a.method](net, task, **chosen)
     on = getattr(task, a.score_on)
     began = {"start": {"name": label, "miou": evaluate(method, on)["miou"]}} if a.start else {}
