@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .augment import PHOTO, Policy, flip_crop, randaugment
+from .catalogue import SCENES, load_split
 from .core import UserError, in_range, one_of
-from .data import SCENES, Images, Labelled, Task, load_split, one_pass
+from .data import Images, Labelled, Task, one_pass
 from .engine import evaluate
 from .scenes import STYLES
 from .semanticgan import hats

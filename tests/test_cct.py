@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import (
     CCT,
     CAMNet,
@@ -39,7 +40,6 @@ from semiseg_nb.cct import (
     vat_direction,
 )
 from semiseg_nb.core import UserError, generator, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import Clock, fit
 from semiseg_nb.losses import cross_entropy, divergence
 from semiseg_nb.models import build_model

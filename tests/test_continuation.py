@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import CCT, CCTWeak
 from semiseg_nb.continuation import (
     SIGNALS,
@@ -26,7 +27,6 @@ from semiseg_nb.continuation import (
     tag_loss,
 )
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import Clock, evaluate, fit
 from semiseg_nb.losses import cross_entropy
 from semiseg_nb.models import build_model

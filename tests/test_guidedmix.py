@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import fit, settings
 from semiseg_nb.guidedmix import (
     PAPER,
@@ -481,7 +481,7 @@ def test_the_control_has_no_partner(task):
     (dict(weight=-1.0), "weight is -1.0"), (dict(ramp=2.0), "ramp is 2.0"), (dict(threshold=80), "threshold is 80"),
     (dict(mitrans="on"), "mitrans is 'on', but it should be True or False"), (dict(blend=1.5), "blend is 1.5"),
     (dict(teacher="me"), "teacher 'me' is not known"),
-    (dict(teacher="self"), "only a strong view gets a box, and with teacher='self' there is none: take mix=0, or teacher='ema'")])
+    (dict(teacher="self"), "only a strong view gets a box, and there is none with teacher='self': take mix=0, or teacher='ema'")])
 def test_settings_that_make_no_sense_are_refused_before_training(task, kw, text):
     with pytest.raises(UserError, match=text): make(task, **kw)
 

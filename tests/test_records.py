@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import Run
 from semiseg_nb.records import (
     commit,
@@ -89,7 +89,7 @@ def test_a_full_disk_while_writing_a_record(task, tmp_path):
 import resource, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_records import record, write_record
-from semiseg_nb.data import load_task
+from semiseg_nb.catalogue import load_task
 r = record(load_task("scenes", n_labelled=6, size=32))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))

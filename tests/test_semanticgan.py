@@ -15,8 +15,9 @@ from helpers import NoMask
 from torch import nn
 
 from semiseg_nb import semanticgan
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import IGNORE, UserError, frozen, generator, seed_everything
-from semiseg_nb.data import Images, Labelled, Task, load_task
+from semiseg_nb.data import Images, Labelled, Task
 from semiseg_nb.engine import Clock, evaluate, fit, save_weights
 from semiseg_nb.records import settings_of
 from semiseg_nb.semanticgan import (

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import Clock, evaluate, fit
 from semiseg_nb.models import UNet
 from semiseg_nb.supervised import Supervised, labelled_views, view

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from semiseg_nb.augment import flip_crop, identity, partner, randaugment
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError, generator, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import Clock, fit
 from semiseg_nb.losses import confident, consistency, cross_entropy
 from semiseg_nb.models import UNet

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from semiseg_nb.augment import partner
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import Clock, fit
 from semiseg_nb.losses import cross_entropy
 from semiseg_nb.models import UNet, build_model
