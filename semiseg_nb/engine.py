@@ -51,7 +51,9 @@ from .models import batch_norms
 class Method(nn.Module):
     "Networks, their optimisers, and the paper's updates; subclasses write `updates` and `predict`"
     name, title, paper = "", "", ""  # in records; as people write it; where it comes from
+    model = ""  # in records, for a method that builds its own networks
     uses_unlabelled = True
+    baseline: dict | None = None  # settings at which a step is exactly that of the supervised baseline
     accelerator: Accelerator | None = None  # of the last `fit`
     initial: str | None = None  # fingerprint of the weights from which an interrupted `fit` began
 
@@ -74,6 +76,10 @@ class Method(nn.Module):
 
     def check(self, task: Task, labelled: int, unlabelled: int) -> None:
         "Called before step 1 with the images that a process gets per step: raise `UserError` for what cannot work"
+
+    def rows(self) -> dict[str, tuple[str, nn.Module]]:
+        "What a finished run is scored as: name in the record -> title, and who predicts"
+        return {self.name: (self.title, self)}
 
     @property
     def device(self) -> torch.device: return next(self.parameters()).device

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import Policy, cutmix, partner
+from .clock import Clock
 from .core import UserError, atomic_write, in_range, one_of, ramp
-from .engine import Clock
 from .losses import consistency, cross_entropy
 from .supervised import Supervised, view
 

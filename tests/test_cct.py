@@ -39,8 +39,9 @@ from semiseg_nb.cct import (
     unit,
     vat_direction,
 )
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
-from semiseg_nb.engine import Clock, fit
+from semiseg_nb.engine import fit
 from semiseg_nb.losses import cross_entropy, divergence
 from semiseg_nb.models import build_model
 from semiseg_nb.supervised import Supervised

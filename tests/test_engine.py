@@ -249,8 +249,8 @@ import sys
 import torch
 from torch import nn
 from semiseg_nb.augment import flip_crop
-from semiseg_nb.core import seed_everything
 from semiseg_nb.catalogue import load_task
+from semiseg_nb.core import seed_everything
 from semiseg_nb.engine import fit, make_accelerator
 from semiseg_nb.uda import UDA
 
@@ -480,10 +480,10 @@ SMALL_VAL = """
 import sys
 from dataclasses import replace
 from semiseg_nb.catalogue import load_task
+from semiseg_nb.core import seed_everything
 from semiseg_nb.data import Labelled
 from semiseg_nb.engine import evaluate, fit, make_accelerator
 from semiseg_nb.models import UNet
-from semiseg_nb.core import seed_everything
 from semiseg_nb.supervised import Supervised
 task = load_task("scenes", n_labelled=4, size=32)
 few = Labelled(task.val.ids[:3], task.val.images[:3], task.val.masks[:3], task.n_classes)

@@ -12,8 +12,9 @@ from torch import nn
 
 from semiseg_nb.augment import flip_crop, identity
 from semiseg_nb.catalogue import load_task
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import EMA, UserError, generator, seed_everything
-from semiseg_nb.engine import Clock, fit
+from semiseg_nb.engine import fit
 from semiseg_nb.losses import consistency, cross_entropy
 from semiseg_nb.models import UNet
 from semiseg_nb.supervised import Supervised, view
@@ -606,8 +607,8 @@ import sys
 import torch
 from torch import nn
 from semiseg_nb.augment import flip_crop
-from semiseg_nb.core import seed_everything
 from semiseg_nb.catalogue import load_task
+from semiseg_nb.core import seed_everything
 from semiseg_nb.engine import fit, make_accelerator
 from semiseg_nb.temporal import TemporalEnsembling
 
