@@ -1167,4 +1167,11 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'semiseg_nb.viz.save_figure': ('viz.html#save_figure', 'semiseg_nb/viz.py'),
                                 'semiseg_nb.viz.show_grid': ('viz.html#show_grid', 'semiseg_nb/viz.py'),
                                 'semiseg_nb.viz.show_predictions': ('viz.html#show_predictions', 'semiseg_nb/viz.py'),
-                                'semiseg_nb.viz.to_numpy': ('viz.html#to_numpy', 'semiseg_nb/viz.py')}}}
+                                'semiseg_nb.viz.to_numpy': ('viz.html#to_numpy', 'semiseg_nb/viz.py')},
+            'semiseg_nb.your_method': { 'semiseg_nb.your_method.ICT': ('your_method.html#ict', 'semiseg_nb/your_method.py'),
+                                        'semiseg_nb.your_method.ICT.__init__': ( 'your_method.html#ict.__init__',
+                                                                                 'semiseg_nb/your_method.py'),
+                                        'semiseg_nb.your_method.ICT.check': ('your_method.html#ict.check', 'semiseg_nb/your_method.py'),
+                                        'semiseg_nb.your_method.ICT.updates': ('your_method.html#ict.updates', 'semiseg_nb/your_method.py'),
+                                        'semiseg_nb.your_method.interpolate': ( 'your_method.html#interpolate',
+                                                                                'semiseg_nb/your_method.py')}}}

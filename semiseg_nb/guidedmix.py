@@ -108,10 +108,10 @@ class MITrans(nn.Module):
 # %% ../nbs/30_guidedmix.ipynb #with-mitrans
 def deepest_channels(net: nn.Module, size: int = 64) -> int:
     "Channels of the last map of `net.encode`, found by encoding a grey image"
-    training, device = net.training, next(net.parameters()).device
-    grey = torch.full((1, 3, size, size), 0.5, device=device)
+    modes = [(module, module.training) for module in net.modules()]
+    grey = torch.full((1, 3, size, size), 0.5, device=next(net.parameters()).device)
     with torch.no_grad(): features = net.eval().encode(grey)
-    net.train(training)
+    for module, training in modes: module.training = training
     return features[-1].shape[1]
 
 
