@@ -14,6 +14,7 @@ from semiseg_nb.continuation import (
     SemiContinuation,
     WeakContinuation,
     continuation,
+    critic_losses,
     load_start,
     part,
     read_start,
@@ -23,7 +24,6 @@ from semiseg_nb.continuation import (
     start_label,
 )
 from semiseg_nb.core import IGNORE, UserError, seed_everything
-from semiseg_nb.cyclegan import critic_losses
 from semiseg_nb.engine import evaluate, fit, settings
 from semiseg_nb.losses import cross_entropy
 from semiseg_nb.models import batch_norms, build_model
