@@ -11,10 +11,10 @@ from semiseg_nb.advsemiseg import S4GAN, AdvSemiSeg
 from semiseg_nb.cct import CCT, CCTWeak
 from semiseg_nb.continuation import Continuation, load_start, start_label
 from semiseg_nb.core import UserError, named_values, seed_everything
-from semiseg_nb.cyclegan import MaskCycle
 from semiseg_nb.data import load_task
 from semiseg_nb.engine import evaluate, fit, save_weights
 from semiseg_nb.guidedmix import GuidedMix
+from semiseg_nb.mask_cycle import MaskCycle
 from semiseg_nb.models import build_model
 from semiseg_nb.records import make_record, settings_of, write_record
 from semiseg_nb.stylegan2 import load_pairs
@@ -26,7 +26,7 @@ from semiseg_nb.unimatch import CPS, ClassMix, CutMixSeg, FixMatch, UniMatch, Un
 METHODS = {"supervised": Supervised, "uda": UDA, "temporal": TemporalEnsembling, "mean_teacher": MeanTeacher, "cct": CCT, "cct_weak": CCTWeak,
            "cutmix": CutMixSeg, "classmix": ClassMix, "fixmatch": FixMatch, "cps": CPS, "unimatch": UniMatch, "unimatch_v2": UniMatchV2,
            "advsemiseg": AdvSemiSeg, "s4gan": S4GAN, "continuation": Continuation, "guidedmix": GuidedMix,
-           "cyclegan": MaskCycle}
+           "mask_cycle": MaskCycle}
 
 
 def arguments():

@@ -25,7 +25,7 @@ from .engine import Run
 # %% ../nbs/08_records.ipynb #constants
 SCHEMA = 1
 METHODS = ("supervised", "supervised_strong", "supervised_ema", "uda", "temporal", "mean_teacher", "cct", "cct_weak", "cutmix", "classmix",
-           "fixmatch", "cps", "unimatch", "unimatch_v2", "advsemiseg", "s4gan", "continuation", "guidedmix", "semanticgan", "cyclegan", "phases")
+           "fixmatch", "cps", "unimatch", "unimatch_v2", "advsemiseg", "s4gan", "continuation", "guidedmix", "semanticgan", "cyclegan", "mask_cycle", "phases")
 PROFILES = ("smoke", "lesson", "real")
 IDENTITY = ("method", "profile", "seed", "model", "encoder", "pretrained", "dataset", "params")
 
