@@ -336,6 +336,7 @@ def cyclegan(
     translation_steps: Count = 2500,  # of the CycleGAN
     translation_batch: Count = 4,  # it likes small batches
     least: Fraction = 0.5,  # of `passing`
+    both: bool = False,  # True: the source's own images join the pairs
     views: Literal["weak", "strong"] = "weak",  # of labelled images
     oracle: Labelled | None = None,  # target images with masks; only a ruler learns from them
     gan: Mapping = {},  # settings of `CycleGAN`
@@ -348,5 +349,6 @@ def cyclegan(
         yield Stage("oracle", Supervised(copy.deepcopy(net), known, views=views), steps, known)
     translators = CycleGAN(task, first.ema.net, **gan)
     translators = yield Stage("translation", translators, translation_steps, batch_size=translation_batch)
-    there = replace(task, labelled=passing(*translators.pairs(task.labelled), least))
+    made = passing(*translators.pairs(task.labelled), least)
+    there = replace(task, labelled=joined(task.labelled, made) if both else made)
     return (yield Stage("segmenter", Supervised(net, there, views=views), steps, there))
