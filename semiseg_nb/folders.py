@@ -89,7 +89,7 @@ def _check_blur(items: Sequence, histograms: Sequence) -> None:
         if rare >= 6 and rare >= 2 * frequent: blurred.append(item)
     if 2 * len(blurred) <= len(items): return
     total = torch.stack(list(histograms)).sum(0)
-    likely = ", ".join(map(str, (total > 0.02 * total.sum()).nonzero().flatten().tolist()))
+    likely = ", ".join(map(str, (total > 0.05 * total.sum()).nonzero().flatten().tolist()))
     raise UserError(f"Mask '{blurred[0].mask}' holds {int((histograms[items.index(blurred[0])] > 0).sum())} values, most of "
                     f"them in a few pixels, and so do {len(blurred) - 1} others: blurred masks, in which only {likely} "
                     "look like classes. Save them again without smoothing or JPEG, with the class ids 0, 1, 2, ...")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from semiseg_nb.catalogue import load_task
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
 from semiseg_nb.cyclegan import (
     FAKE,
@@ -35,7 +36,7 @@ from semiseg_nb.cyclegan import (
     translated,
 )
 from semiseg_nb.data import Labelled
-from semiseg_nb.engine import Clock, evaluate, fit, make_accelerator, optimise
+from semiseg_nb.engine import evaluate, fit, make_accelerator, optimise
 from semiseg_nb.losses import one_hot
 from semiseg_nb.models import UNet, count_parameters
 from semiseg_nb.records import settings_of
