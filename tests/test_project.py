@@ -23,7 +23,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 FLOORS = {
     0: ["core"],
-    1: ["scenes", "data", "augment", "models", "losses", "metrics", "viz"],
+    1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "viz"],
     2: ["folders", "catalogue", "clock", "checkpoint", "engine", "records"],
     3: ["supervised", "adversarial", "bank"],  # the baseline, and pieces that several methods share
     4: ["uda", "temporal", "cct", "unimatch", "advsemiseg", "guidedmix", "stylegan2", "cyclegan"],
