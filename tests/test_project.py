@@ -25,7 +25,7 @@ FLOORS = {
     0: ["core"],
     1: ["scenes", "data", "augment", "models", "losses", "metrics", "viz"],
     2: ["clock", "engine", "records"],
-    3: ["supervised", "adversarial"],  # the baseline, and pieces that several methods share
+    3: ["supervised", "adversarial", "bank"],  # the baseline, and pieces that several methods share
     4: ["uda", "temporal", "cct", "unimatch", "advsemiseg", "guidedmix", "stylegan2", "cyclegan"],
     5: ["continuation", "semanticgan", "phases"],  # each goes on from methods of the floor below
     6: ["out_of_domain", "leaderboard"],  # they compare the methods
