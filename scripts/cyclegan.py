@@ -13,9 +13,9 @@ from inspect import signature
 
 import torch
 
+from semiseg_nb.catalogue import load_split, load_task
 from semiseg_nb.core import UserError, named_values, seed_everything
 from semiseg_nb.cyclegan import CycleGAN, joined, load_across, patch_distance, translated
-from semiseg_nb.data import load_split, load_task
 from semiseg_nb.engine import evaluate, fit, make_accelerator
 from semiseg_nb.models import build_model
 from semiseg_nb.records import make_record, settings_of, write_record

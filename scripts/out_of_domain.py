@@ -13,15 +13,16 @@ import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError, named_values, one_of, seed_everything
 from semiseg_nb.cyclegan import CycleGAN, joined, translated
 from semiseg_nb.engine import fit, make_accelerator
+from semiseg_nb.inversion import SemanticEncoder
 from semiseg_nb.models import build_model
 from semiseg_nb.out_of_domain import KEPT, PAIRED, colour_views, scores, shifts, with_statistics, with_target
 from semiseg_nb.phases import Plan, run_phases, settings_of_plan, whole_run
 from semiseg_nb.records import make_record, settings_of, write_record
-from semiseg_nb.semanticgan import SemanticEncoder, SemanticGAN
-from semiseg_nb.stylegan2 import load_pairs
+from semiseg_nb.semanticgan import SemanticGAN
 from semiseg_nb.supervised import Supervised
 from semiseg_nb.uda import UDA
 
@@ -63,7 +64,7 @@ class Experiment:
 
     def __init__(self, a):
         self.a, self.accelerator = a, make_accelerator(a.device)
-        self.task = load_pairs(a.dataset, a.data_root, a.n_labelled, a.seed, a.size, stretch=a.stretch)
+        self.task = load_task(a.dataset, a.data_root, a.n_labelled, a.seed, a.size, stretch=a.stretch)
         n = a.images or (64 if a.dataset in PAIRED else None)
         self.sets = shifts(a.dataset, a.data_root, a.targets, size=a.size, n=n, stretch=a.stretch, classes=self.task.classes)
         self.source = next(iter(self.sets.values()))[0.0]

@@ -8,8 +8,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError, frozen, named_values, one_of
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import evaluate, make_accelerator
 from semiseg_nb.phases import ARMS, Plan, painter_scores, run_arm, settings_of_plan, whole_run
 from semiseg_nb.records import make_record, write_record

@@ -7,16 +7,17 @@ import argparse
 import json
 from inspect import signature
 
-from semiseg_nb.advsemiseg import S4GAN, AdvSemiSeg
+from semiseg_nb.advsemiseg import AdvSemiSeg
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import CCT, CCTWeak
 from semiseg_nb.continuation import Continuation, load_start, start_label
 from semiseg_nb.core import UserError, named_values, seed_everything
 from semiseg_nb.cyclegan import MaskCycle
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import evaluate, fit, save_weights
 from semiseg_nb.guidedmix import GuidedMix
 from semiseg_nb.models import build_model
 from semiseg_nb.records import make_record, settings_of, write_record
+from semiseg_nb.s4gan import S4GAN
 from semiseg_nb.stylegan2 import load_pairs
 from semiseg_nb.supervised import Supervised
 from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling

@@ -18,13 +18,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .advsemiseg import FAKE, REAL, FCDiscriminator, bce_map, fresh_masks, gate, hide, large_enough, through, trusted, verdicts
+from .adversarial import FAKE, REAL, FCDiscriminator, bce_map, fresh_masks, gate, hide, large_enough, upper_part, verdicts
+from .adversarial import answer as through
 from .augment import cutmix, partner
-from .cct import CCT, Tagger, all_pseudo_masks
+from .cct import CCT
+from .clock import Clock
 from .core import IGNORE, UserError, in_range, one_of
-from .engine import Clock, fit
+from .engine import fit
 from .losses import cross_entropy, one_hot
 from .supervised import view
+from .tags import Tagger, all_pseudo_masks
+
+# %% ../nbs/21_continuation.ipynb #bridge
+def _hidden(p, known, void):
+    "Predictions with the void of masks; `void` as in the first edition"
+    if void == "none": return p
+    return hide(p, known) + (~known[:, None]) / p.shape[1] if void == "uniform" else hide(p, known)
+
+
+def _trusted(sure, how, threshold, valid=None):
+    "Which pixels to believe; `how` as in the first edition"
+    if valid is None: valid = torch.ones_like(sure, dtype=torch.bool)
+    return (sure >= threshold) & valid if how == "absolute" else upper_part(sure, threshold, valid)
 
 # %% ../nbs/21_continuation.ipynb #read-start
 def read_start(
@@ -168,7 +183,7 @@ def exhibits(c: "Continuation", z, y, z_w=None, valid=None) -> tuple[Tensor, Ten
     "Predictions as the discriminator sees them, and which of their pixels count"
     known = y != IGNORE
     if z_w is not None: z, known = torch.cat([z, z_w]), torch.cat([known, valid])
-    return hide(z.float().softmax(1), known, c.void), known
+    return _hidden(z.float().softmax(1), known, c.void), known
 
 
 def self_training(c: "Continuation", seen: dict, d_u: Tensor | None, unl: dict) -> Tensor:
@@ -181,8 +196,8 @@ def self_training(c: "Continuation", seen: dict, d_u: Tensor | None, unl: dict) 
         if c.judge == "confidence": sure = z_g.float().softmax(1).amax(1)
         elif c.teacher == "self": sure = d_u.detach().sigmoid()[:, 0]
         else:
-            with torch.no_grad(): sure = c.D(hide(z_t.float().softmax(1), seen["valid"], c.void)).sigmoid()[:, 0]
-        believed = trusted(sure, c.trust, c.threshold, seen["valid"])
+            with torch.no_grad(): sure = c.D(_hidden(z_t.float().softmax(1), seen["valid"], c.void)).sigmoid()[:, 0]
+        believed = _trusted(sure, c.trust, c.threshold, seen["valid"])
     c.stats["kept"] = believed.sum() / seen["valid"].sum().clamp(min=1)
     labels = torch.where(believed, z_g.argmax(1), IGNORE)
     return cross_entropy(seen["z_s"], labels if seen["box"] is None else cutmix(labels, partner(labels), seen["box"]))
@@ -223,7 +238,7 @@ def check_settings(task, chosen: dict) -> None:
     if chosen["trust"] == "quantile": in_range("threshold", chosen["threshold"], 0, 1)
     if chosen["mode"] == "semi+wsl" and task.unlabelled.tags is None:
         raise UserError("mode 'semi+wsl' needs tags, but the unlabelled images have none: load the task with weak_tags=True, or take mode 'semi'.")
-    large_enough(task.labelled.crop or task.size, chosen["n_layers"])
+    large_enough(task.labelled.crop or task.size, chosen["n_layers"], 2 ** chosen["n_layers"])
 
 
 def cct_settings(state: dict, mode: str) -> dict:

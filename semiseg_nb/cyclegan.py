@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .catalogue import load_split, load_task
+from .clock import Clock
 from .core import IGNORE, UserError, frozen, in_range, one_of
-from .data import Images, Labelled, Task, load_split, load_task, one_pass
-from .engine import Clock, Method
+from .data import Images, Labelled, Task, one_pass
+from .engine import Method
 from .losses import cross_entropy, one_hot
 from .supervised import Supervised, view
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .augment import PHOTO, Policy, flip_crop, randaugment
+from .catalogue import PORTRAITS, SCENES, load_split, portraits
 from .core import UserError, in_range, one_of
-from .data import SCENES, Images, Labelled, Task, load_split, one_pass
+from .data import Images, Labelled, Task, one_pass
 from .engine import evaluate
+from .inversion import hats
 from .scenes import STYLES
-from .semanticgan import hats
-from .stylegan2 import PORTRAITS, portraits
 
 # %% ../nbs/44_out_of_domain.ipynb #styled
 PAIRED = ("portraits", "scenes")  # generated: any layout in any style

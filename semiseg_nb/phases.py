@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .augment import cutmix, flip_crop, partner
+from .checkpoint import save_weights
 from .core import IGNORE, UserError, atomic_write, defaults_of, frozen, generator, in_range, one_of, seed_everything
 from .cyclegan import CycleGAN, PatchDiscriminator, asked, constant_then_linear, quiet, straight_through, translated
 from .data import Labelled, one_pass
-from .engine import Method, Run, evaluate, fit, hyperparameters, save_weights
+from .engine import Method, Run, evaluate, fit, hyperparameters
 from .losses import cross_entropy, one_hot
 from .models import build_model
 from .stylegan2 import EqualConv2d, EqualLinear, ModulatedConv, ToMap, fused_lrelu

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
 from semiseg_nb.cyclegan import (
     FAKE,
@@ -33,8 +35,8 @@ from semiseg_nb.cyclegan import (
     translate,
     translated,
 )
-from semiseg_nb.data import Labelled, load_task
-from semiseg_nb.engine import Clock, evaluate, fit, make_accelerator, optimise
+from semiseg_nb.data import Labelled
+from semiseg_nb.engine import evaluate, fit, make_accelerator, optimise
 from semiseg_nb.losses import one_hot
 from semiseg_nb.models import UNet, count_parameters
 from semiseg_nb.records import settings_of

@@ -11,10 +11,12 @@ from helpers import NoMask
 from torch import nn
 
 from semiseg_nb import phases
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
 from semiseg_nb.cyclegan import asked, straight_through
-from semiseg_nb.data import Images, load_task
-from semiseg_nb.engine import Clock, fit, make_accelerator, optimise
+from semiseg_nb.data import Images
+from semiseg_nb.engine import fit, make_accelerator, optimise
 from semiseg_nb.losses import one_hot
 from semiseg_nb.models import UNet
 from semiseg_nb.phases import (

@@ -12,9 +12,9 @@ from torch import nn
 
 from semiseg_nb.augment import flip_crop, identity
 from semiseg_nb.bank import distribution
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import EMA, UserError, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import fit, settings
 from semiseg_nb.losses import consistency, cross_entropy
 from semiseg_nb.models import UNet
@@ -408,7 +408,7 @@ import torch
 from torch import nn
 from semiseg_nb.augment import flip_crop
 from semiseg_nb.core import seed_everything
-from semiseg_nb.data import load_task
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.engine import fit, make_accelerator
 from semiseg_nb.temporal import TemporalEnsembling
 
