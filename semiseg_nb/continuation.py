@@ -97,7 +97,7 @@ def load_start(
     "Give a network the averaged weights of a checkpoint"
     state = start if isinstance(start, dict) else read_start(start)
     then = state["identity"].get("hash of images and masks", state["identity"].get("split_id"))
-    if task is not None and then not in (task.split_id, getattr(task, "fingerprint", None)):
+    if task is not None and then not in (task.split_id, getattr(task, "fingerprint", task.split_id)):
         raise UserError(f"The start was trained on the split {then}, but this task is {task.split_id}: use "
                         "the same data, size, n_labelled and split_seed, or train a new start.")
     try: net.load_state_dict(part(state, "ema.net."))
