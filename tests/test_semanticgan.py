@@ -15,51 +15,53 @@ from helpers import NoMask
 from torch import nn
 
 from semiseg_nb import semanticgan
+from semiseg_nb.advsemiseg import feature_distance
 from semiseg_nb.catalogue import load_task
+from semiseg_nb.cct import unit
 from semiseg_nb.checkpoint import save_weights
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, frozen, generator, seed_everything
 from semiseg_nb.data import Images, Labelled, Task
 from semiseg_nb.engine import evaluate, fit
-from semiseg_nb.records import settings_of
-from semiseg_nb.semanticgan import (
+from semiseg_nb.inversion import (
     Encoder,
     FeatureDistance,
     IntensityMap,
-    PatchDiscriminators,
     SemanticEncoder,
+    edges,
+    hats,
+    inversion_lr,
+    invert,
+    load_semantic,
+    noise_penalty,
+    sharp_cross_entropy,
+    slot_level,
+)
+from semiseg_nb.phases import dice_loss
+from semiseg_nb.records import settings_of
+from semiseg_nb.semanticgan import (
+    PatchDiscriminators,
     SemanticGAN,
     SemanticGenerator,
     agreement,
-    dice_loss,
     distance_for,
     drawn_labels,
-    edges,
     encode_labels,
-    feature_distance,
     feature_matching,
     fit_oracle,
     g_losses,
     gan_updates,
-    hats,
     hinge_d,
     hinge_g,
     hinge_wrong,
-    inversion_lr,
-    invert,
-    load_semantic,
     m_losses,
-    noise_penalty,
     pair_r1,
     real_images,
     real_pairs,
     save_semantic,
     seen_by_m,
     share_distance,
-    sharp_cross_entropy,
-    slot_level,
     standardised,
-    unit,
 )
 from semiseg_nb.stylegan2 import Discriminator, load_pairs
 
