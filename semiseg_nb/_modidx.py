@@ -257,7 +257,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'semiseg_nb.cct.shrunk': ('cct.html#shrunk', 'semiseg_nb/cct.py'),
                                 'semiseg_nb.cct.streams': ('cct.html#streams', 'semiseg_nb/cct.py'),
                                 'semiseg_nb.cct.sub_boxes': ('cct.html#sub_boxes', 'semiseg_nb/cct.py'),
-                                'semiseg_nb.cct.unit_length': ('cct.html#unit_length', 'semiseg_nb/cct.py'),
+                                'semiseg_nb.cct.unit': ('cct.html#unit', 'semiseg_nb/cct.py'),
                                 'semiseg_nb.cct.vat_direction': ('cct.html#vat_direction', 'semiseg_nb/cct.py')},
             'semiseg_nb.checkpoint': { 'semiseg_nb.checkpoint.fingerprint': ('checkpoint.html#fingerprint', 'semiseg_nb/checkpoint.py'),
                                        'semiseg_nb.checkpoint.load_weights': ('checkpoint.html#load_weights', 'semiseg_nb/checkpoint.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TEN', 'f_noise', 'dropout', 'f_drop', 'object_classes', 'objects_of', 'shrunk', 'con_msk', 'obj_msk',
-           'object_boxes', 'sub_boxes', 'g_cutout', 'i_vat', 'vat_direction', 'unit_length', 'parse_kinds', 'Strengths',
+           'object_boxes', 'sub_boxes', 'g_cutout', 'i_vat', 'vat_direction', 'unit', 'parse_kinds', 'Strengths',
            'ObjectGuide', 'perturb', 'LightDecoder', 'make_decoders', 'loss_of', 'Given', 'Sum', 'streams', 'CCT',
            'CCTWeak', 'cct_weak']
 
@@ -161,14 +161,14 @@ def vat_direction(
 ) -> Tensor:  # (B,d,h,w) of length eps for each image, without a graph
     "The disturbance of I-VAT"
     with torch.enable_grad(), torch.autocast(e.device.type, enabled=False):
-        e, d = e.detach().float(), unit_length(start.float()).requires_grad_()
+        e, d = e.detach().float(), unit(start.float()).requires_grad_()
         with torch.no_grad(): p = decode(e).softmax(1)
         probe = xi * e.std((1, 2, 3), keepdim=True).clamp(min=1e-6)
         change = divergence(decode(e + probe * d), p).sum()
-        return eps * unit_length(torch.autograd.grad(change, d)[0])
+        return eps * unit(torch.autograd.grad(change, d)[0])
 
 
-def unit_length(v: Tensor) -> Tensor:
+def unit(v: Tensor) -> Tensor:
     "Each image's (d,h,w) scaled to length 1; safe for tiny numbers, because the largest is divided out first"
     v = v / v.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
     return v / v.square().sum((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-20)

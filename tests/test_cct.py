@@ -30,7 +30,7 @@ from semiseg_nb.cct import (
     parse_kinds,
     perturb,
     sub_boxes,
-    unit_length,
+    unit,
     vat_direction,
 )
 from semiseg_nb.clock import Clock
@@ -231,7 +231,7 @@ def test_i_vat_has_the_right_length_finds_the_bad_direction_and_leaves_no_trace(
         start = torch.rand(e.shape, generator=random) - 0.5
         r = vat_direction(e, decoder, start)
         assert torch.allclose(r.square().sum((1, 2, 3)).sqrt(), torch.tensor(2.0), rtol=1e-3) and not r.requires_grad
-        found.append(change(r)), chance.append(change(2 * unit_length(start)))
+        found.append(change(r)), chance.append(change(2 * unit(start)))
     assert np.mean(found) > 2 * np.mean(chance)
     assert all(p.grad is None for p in decoder.parameters())
     e.requires_grad_()
@@ -243,7 +243,7 @@ def test_i_vat_at_the_published_probe_is_noise_in_single_precision():
     seed_everything(0)
     decoder, e = nn.Sequential(nn.Conv2d(16, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1)), features()
     start = torch.rand(e.shape, generator=rng()) - 0.5
-    def cosine(a, b): return (unit_length(a) * unit_length(b)).sum((1, 2, 3)).mean().item()
+    def cosine(a, b): return (unit(a) * unit(b)).sum((1, 2, 3)).mean().item()
     exact = vat_direction(e, decoder, start, xi=0.1)
     assert cosine(vat_direction(e, decoder, start, xi=0.3), exact) > 0.95
     assert abs(cosine(vat_direction(e, decoder, start, xi=1e-6), exact)) < 0.5
