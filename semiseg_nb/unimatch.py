@@ -47,6 +47,7 @@ def hard_loss(
 # %% ../nbs/14_unimatch.ipynb #base
 class PseudoLabelling(Supervised):
     "The settings that five methods share; each of them writes its own `updates`"
+    name, title = "", ""
     uses_unlabelled = True
 
     @checked
