@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from semiseg_nb import engine
-from semiseg_nb.advsemiseg import S4GAN, AdvSemiSeg
+from semiseg_nb.advsemiseg import AdvSemiSeg
 from semiseg_nb.augment import Policy
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import CCT
@@ -30,6 +30,7 @@ from semiseg_nb.engine import device_name, fit, make_accelerator, one_step, pair
 from semiseg_nb.guidedmix import GuidedMix
 from semiseg_nb.models import build_model
 from semiseg_nb.records import commit, versions
+from semiseg_nb.s4gan import S4GAN
 from semiseg_nb.supervised import Supervised
 from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling
 from semiseg_nb.uda import UDA

@@ -8,7 +8,10 @@ __all__ = ['SCENES', 'PORTRAITS', 'PLAIN', 'VOC_CLASSES', 'VOC_PAGE', 'SBD_PAGE'
            'load_task', 'load_split', 'across', 'joined', 'load_across']
 
 # %% ../nbs/51_catalogue.ipynb #imports
+import reprlib
+import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,23 +22,27 @@ from torch import Tensor
 from torchvision.datasets import Cityscapes, OxfordIIITPet, SBDataset, VOCSegmentation
 
 from . import scenes
-from .core import IGNORE, UserError, generator, in_range, one_of
+from .core import IGNORE, Fraction, NonNegative, UserError, Whole, checked, generator, in_range, one_of
 from .data import Files, Images, Labelled, Task, as_size, image_tags
 from semiseg_nb.folders import (
     SHARP,
     Folder,
     Item,
+    check_colours,
     check_masks,
     check_values,
     class_palette,
+    copies,
     cut,
     files_by_stem,
     folder_parts,
-    read_image,
-    read_mask,
+    one_form,
+    read_names,
+    read_text,
     seeded_order,
     survey,
 )
+from .pictures import read_image, read_mask, unreadable
 
 # %% ../nbs/51_catalogue.ipynb #scenes-task
 SCENES = {"train": range(600), "val": range(10000, 10200), "tune": range(20000, 20200)}
@@ -175,26 +182,36 @@ class Source:
     table: Tensor | None = None  # uint8 (256): value in the mask file -> class id
     folder: Folder | None = None
 
-
-def _read_ids(label_order) -> list | None:
-    "The ids of a list, or of a text file with one a line"
-    if label_order is None or not isinstance(label_order, (str, Path)): return label_order
-    if not Path(label_order).is_file():
-        raise UserError(f"label_order '{label_order}' does not exist: give a text file with one id a line.")
-    return Path(label_order).read_text(encoding="utf-8").split()
+    @property
+    def white(self) -> float | None:
+        "The value that is white in images of more than 8 bits, one for the whole folder"
+        return self.folder.white if self.folder else None
 
 
-def _listed(source: Source, ids) -> tuple:
+def _read_ids(label_order: Sequence | str | Path | None) -> list | None:
+    "The ids of a list, or of a file"
+    if label_order is None: return None
+    if isinstance(label_order, (str, Path)):
+        if not Path(label_order).is_file():
+            raise UserError(f"label_order '{label_order}' does not exist: give a text file with one id a line.")
+        label_order = read_names(label_order)
+    if not isinstance(label_order, (list, tuple)):
+        raise UserError(f"label_order is {reprlib.repr(label_order)}: give a list of ids, or a text file with one a line.")
+    return [one_form(str(i)) for i in label_order]
+
+
+def _listed(source: Source, ids: Sequence) -> tuple:
     "(order, pool) when `ids` says who gets labels first"
-    known = {name: item for item in source.order + source.pool for name in (item.image.stem, item.id)}
+    known = {one_form(name): item for item in source.order + source.pool for name in (item.image.stem, item.id)}
     lost = next((i for i in ids if i not in known), None)
-    if lost:
-        raise UserError(f"label_order names '{lost}', but {source.name} has no such training image: correct the list.")
+    if lost is not None:
+        raise UserError(f"label_order names '{reprlib.repr(lost)[1:-1]}', but {source.name} has no such training image: "
+                        "correct the list.")
     twice = next((i for i, n in Counter(known[i].id for i in ids).items() if n > 1), None)
     if twice: raise UserError(f"label_order names '{twice}' twice: each image may stand in it once.")
     order = [known[i] for i in ids]
-    chosen = {i.id for i in order}
-    return order, [i for i in source.order + source.pool if i.id not in chosen]
+    listed = {i.id for i in order}
+    return order, [i for i in source.order + source.pool if i.id not in listed]
 
 # %% ../nbs/51_catalogue.ipynb #check-files
 def _one_size(items, sizes, size) -> tuple:
@@ -216,49 +233,82 @@ def _checked(source: Source, items) -> tuple:
     return survey(items, source.table)
 
 # %% ../nbs/51_catalogue.ipynb #weak-tags
-def _weak_tags(source, items, n_classes: int, size: tuple, from_masks: bool) -> Tensor | None:
-    "Image-level labels: from `weak_labels` and, when asked for, from masks; rows of zeros elsewhere, None if all are zero"
-    known, tags = source.folder.info.get("weak_labels", {}) if source.folder else {}, torch.zeros(len(items), n_classes)
+def _weak_tags(source: Source, items: list, n_classes: int, size: tuple, from_masks: bool) -> Tensor | None:
+    "Image-level labels: from `weak_labels`, if asked for from masks, else rows of zeros; None if all are zero"
+    known = source.folder.info.get("weak_labels", {}) if source.folder else {}
+    known, tags = {one_form(name): ids for name, ids in known.items()}, torch.zeros(len(items), n_classes)
     for row, item in zip(tags, items):
-        ids = known.get(item.image.stem, [])
-        if not isinstance(ids, list) or any(i not in range(n_classes) for i in ids):
-            raise UserError(f"'{source.folder.root / 'dataset.json'}' gives '{item.image.stem}' the weak_labels {ids}: "
-                            f"write a list of class ids, which are 0 to {n_classes - 1}.")
+        ids = known.get(one_form(item.image.stem), [])
+        if not isinstance(ids, list) or any(type(i) is not int or not 0 <= i < n_classes for i in ids):
+            raise UserError(f"'{source.folder.root / 'dataset.json'}' gives '{item.image.stem}' the weak_labels "
+                            f"{reprlib.repr(ids)}: write a list of class ids, which are 0 to {n_classes - 1}.")
         if ids: row[ids] = 1
-        elif from_masks and item.mask: row.copy_(image_tags(read_mask(item.mask, size, source.table)[None], n_classes)[0])
+        elif from_masks and item.mask:
+            row.copy_(image_tags(read_mask(item.mask, size, source.table)[None], n_classes)[0])
     if tags.any(): return tags
-    if from_masks and items: raise UserError("weak_tags: no unlabelled image has a mask or an entry in the weak_labels of dataset.json.")
+    if from_masks and items:
+        raise UserError("weak_tags: no unlabelled image has a mask or an entry in the weak_labels of dataset.json.")
     return None
 
 # %% ../nbs/51_catalogue.ipynb #decode
-def _pictures(items, size, stretch) -> Files:
-    return Files([i.image for i in items], partial(read_image, size=size, stretch=stretch), (3, *size))
+def _pictures(items: list, size: tuple, stretch: bool, white: float | None) -> Files:
+    read = partial(read_image, size=size, stretch=stretch, white=white)
+    return Files([i.image for i in items], read, (3, *size), f"images, stretched: {stretch}, white: {white}")
 
 
-def _masks(items, size, table) -> Files:
-    return Files([i.mask for i in items], partial(read_mask, size=size, table=table), size)
+def _masks(items: list, size: tuple, table: Tensor | None) -> Files:
+    how = f"masks, table: {None if table is None else table.tolist()}"
+    return Files([i.mask for i in items], partial(read_mask, size=size, table=table), size, how)
+
+
+def _a_set(
+    items: list,
+    pictures: Files,
+    in_memory: bool,
+    masks: Files | None = None,  # None: `Images`, which have no masks
+    n_classes: int = 0,
+    tags: Tensor | None = None,
+    crop: tuple | None = None,
+) -> Images:
+    "A set that reads its files now, or when asked for a batch; either way it is known by its files"
+    ids, files = [i.id for i in items], tuple(f for f in (pictures, masks) if f)
+    def load(f): return f.in_memory() if in_memory else f
+    if masks is None: return Images(ids, load(pictures), tags, crop, files)
+    return Labelled(ids, load(pictures), load(masks), n_classes, crop, files)
 
 # %% ../nbs/51_catalogue.ipynb #build
-def _build(source, labelled, unlabelled, tune, size, crop, stretch, weak_tags, memory_limit) -> Task:
+def _check_copies(training: list, measured: list) -> None:
+    "Raise `UserError` when an image that is measured is also trained on under another name"
+    names = {i.id for i in measured}
+    for group in copies([*training, *measured]):
+        tests = [i for i in group if i.id in names]
+        trains = [i for i in group if i.id not in names]
+        if tests and trains:
+            raise UserError(f"'{trains[0].image}' and '{tests[0].image}' are the same picture: a model would be tested on "
+                            "what it was trained on; remove one, or give copies_allowed=True.")
+
+
+def _build(source: Source, labelled, unlabelled, tune, size, crop, stretch, weak_tags, memory_limit) -> Task:
     "Check every file that will be used, then decode (or, beyond `memory_limit`, leave on disk)"
     sets = [labelled, source.val, tune]
     surveys = [_checked(source, items) for items in sets]
-    classes = check_masks(sum(sets, []), sum((h for _, h in surveys), []), source.classes)
+    masked, histograms = sum(sets, []), sum((h for _, h in surveys), [])
+    classes = check_masks(masked, histograms, source.classes)
+    if source.folder: check_colours(masked, histograms)
     sizes, _ = survey([Item(i.id, i.image) for i in unlabelled])
     train = _one_size(labelled + unlabelled, surveys[0][0] + sizes, size)
     frames = [train] + [_one_size(i, found, size) if i else train for i, (found, _) in zip(sets[1:], surveys[1:])]
     area = [len(s) * h * w for s, (h, w) in zip(sets, frames)]
     in_memory = 4 * sum(area) + 3 * len(unlabelled) * train[0] * train[1] <= memory_limit
 
-    def load(files): return files.in_memory() if in_memory else files
     def with_masks(items, size, crop=None):
-        masks = load(_masks(items, size, source.table))
-        return Labelled([i.id for i in items], load(_pictures(items, size, stretch)), masks, len(classes), crop)
+        pictures, masks = _pictures(items, size, stretch, source.white), _masks(items, size, source.table)
+        return _a_set(items, pictures, in_memory, masks, len(classes), crop=crop)
     tags = _weak_tags(source, unlabelled, len(classes), train, weak_tags)
+    without = _a_set(unlabelled, _pictures(unlabelled, train, stretch, source.white), in_memory, tags=tags, crop=crop)
     return Task(source.name, classes, source.palette or class_palette(len(classes)),
-                labelled=with_masks(labelled, train, crop),
-                unlabelled=Images([i.id for i in unlabelled], load(_pictures(unlabelled, train, stretch)), tags, crop),
-                val=with_masks(source.val, frames[1]), tune=with_masks(tune, frames[2]) if tune else None)
+                labelled=with_masks(labelled, train, crop), unlabelled=without, val=with_masks(source.val, frames[1]),
+                tune=with_masks(tune, frames[2]) if tune else None)
 
 # %% ../nbs/51_catalogue.ipynb #voc
 def _needs(root: Path, name: str, page: str, tree: str) -> UserError:
@@ -272,14 +322,22 @@ VOC_PAGE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (training/validation
 SBD_PAGE = "http://home.bharathh.info/pubs/codes/SBD/download.html"
 
 
-def _pairs(images, masks) -> list: return [Item(Path(i).stem, Path(i), Path(m)) for i, m in zip(images, masks)]
+def _opened(make: Callable, root: Path, name: str, page: str, tree: str):
+    "What `make` gives; raises `UserError` that names the page and the tree when files are not where they should be"
+    try: return make()
+    except PermissionError as e: raise unreadable(e.filename or root, e) from None
+    except (RuntimeError, OSError, ValueError): raise _needs(root, name, page, tree) from None
+
+
+def _pairs(images: Sequence, masks: Sequence) -> list:
+    return [Item(Path(i).stem, Path(i), Path(m)) for i, m in zip(images, masks)]
 
 
 def _voc(root: Path, split_seed: int, augmented: bool) -> Source:
     "Pascal VOC 2012, with SBD unless `augmented` is False; the 1,464 finely annotated images get labels first"
     tree = f"'{root / 'VOCdevkit' / 'VOC2012'}' with JPEGImages, SegmentationClass and ImageSets/Segmentation"
-    try: train, val = (VOCSegmentation(root, image_set=s) for s in ("train", "val"))
-    except (RuntimeError, OSError): raise _needs(root, "Pascal VOC 2012", VOC_PAGE, tree) from None
+    train, val = _opened(lambda: [VOCSegmentation(root, image_set=s) for s in ("train", "val")],
+                         root, "Pascal VOC 2012", VOC_PAGE, tree)
     fine, val = ({i.id: i for i in _pairs(part.images, part.masks)} for part in (train, val))
     more = {s: i for s, i in _sbd(root).items() if s not in fine and s not in val} if augmented else {}
     if augmented and (len(fine), len(val)) == (1464, 1449) and len(fine) + len(more) != 10582:
@@ -295,19 +353,20 @@ def _sbd(root: Path) -> dict:
     if (base / "SegmentationClassAug").is_dir():
         masks = files_by_stem(base / "SegmentationClassAug", SHARP)
         return {s: Item(s, base / "JPEGImages" / f"{s}.jpg", p) for s, p in masks.items()}
-    try: parts = [SBDataset(root / "sbd", image_set=s, mode="segmentation") for s in ("train", "val")]
-    except (RuntimeError, OSError):
-        tree = (f"'{root / 'sbd'}' with img, cls, train.txt and val.txt, or '{base / 'SegmentationClassAug'}' with one "
-                "PNG an image")
-        raise _needs(root, "SBD (augmented=False does without)", SBD_PAGE, tree) from None
+    tree = (f"'{root / 'sbd'}' with img, cls, train.txt and val.txt, or '{base / 'SegmentationClassAug'}' with one "
+            "PNG an image")
+    parts = _opened(lambda: [SBDataset(root / "sbd", image_set=s, mode="segmentation") for s in ("train", "val")],
+                    root, "SBD (augmented=False does without)", SBD_PAGE, tree)
     return {item.id: item for part in parts for item in _pairs(part.images, part.masks)}
 
 # %% ../nbs/51_catalogue.ipynb #context
-CONTEXT_CLASSES = tuple("background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat ceiling chair cloth "
-                        "computer cow cup curtain dog door fence floor flower food grass ground horse keyboard light motorbike mountain mouse person "
-                        "plate platform pottedplant road rock sheep shelves sidewalk sign sky snow sofa table track train tree truck tvmonitor wall "
-                        "water window wood".split())
-CONTEXT_PAGE = "https://cs.stanford.edu/~roozbeh/pascal-context/ and convert it with mmsegmentation's tools/dataset_converters/pascal_context.py"
+CONTEXT_CLASSES = tuple(
+    "background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat ceiling "
+    "chair cloth computer cow cup curtain dog door fence floor flower food grass ground horse keyboard light motorbike "
+    "mountain mouse person plate platform pottedplant road rock sheep shelves sidewalk sign sky snow sofa table track "
+    "train tree truck tvmonitor wall water window wood".split())
+CONTEXT_PAGE = ("https://cs.stanford.edu/~roozbeh/pascal-context/ and convert it with mmsegmentation's "
+                "tools/dataset_converters/pascal_context.py")
 
 
 def _context(root: Path, split_seed: int) -> Source:
@@ -316,8 +375,8 @@ def _context(root: Path, split_seed: int) -> Source:
     tree = f"'{base}' with JPEGImages, SegmentationClassContext and ImageSets/SegmentationContext"
     lists = [base / "ImageSets" / "SegmentationContext" / f"{split}.txt" for split in ("train", "val")]
     if not all(path.is_file() for path in lists): raise _needs(root, "PASCAL-Context", CONTEXT_PAGE, tree)
-    train, val = ({s: Item(s, base / "JPEGImages" / f"{s}.jpg", base / "SegmentationClassContext" / f"{s}.png") for s in path.read_text().split()}
-                  for path in lists)
+    images, masks = base / "JPEGImages", base / "SegmentationClassContext"
+    train, val = ({s: Item(s, images / f"{s}.jpg", masks / f"{s}.png") for s in read_text(path).split()} for path in lists)
     order = [train[s] for s in seeded_order(train, split_seed, "labels")]
     return Source("context", CONTEXT_CLASSES, class_palette(60), order, [], list(val.values()))
 
@@ -328,8 +387,8 @@ CITY_PAGE = "https://www.cityscapes-dataset.com/downloads/ (leftImg8bit_trainval
 def _cityscapes(root: Path, split_seed: int) -> Source:
     "Cityscapes, fine annotation: of the label ids in the files the 19 scored classes are kept, all others become 255"
     tree = f"'{root / 'leftImg8bit'}' and '{root / 'gtFine'}', each with train and val"
-    try: train, val = (Cityscapes(root, split=s, mode="fine", target_type="semantic") for s in ("train", "val"))
-    except (RuntimeError, OSError): raise _needs(root, "Cityscapes", CITY_PAGE, tree) from None
+    def make(): return [Cityscapes(root, split=s, mode="fine", target_type="semantic") for s in ("train", "val")]
+    train, val = _opened(make, root, "Cityscapes", CITY_PAGE, tree)
     scored = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
     table = torch.full((256,), IGNORE, dtype=torch.uint8)
     for c in scored: table[c.id] = c.train_id
@@ -345,8 +404,8 @@ PET_PAGE = "https://www.robots.ox.ac.uk/~vgg/data/pets/ (images.tar.gz and annot
 def _pet(root: Path, split_seed: int) -> Source:
     "Oxford-IIIT Pet: the trimap's pet, background, border (1, 2, 3) become 1, 0, 2; `val` is the official test part"
     tree = f"'{root / 'oxford-iiit-pet'}' with images, annotations/trimaps, annotations/trainval.txt and .../test.txt"
-    try: train, val = (OxfordIIITPet(root, split=s, target_types="segmentation") for s in ("trainval", "test"))
-    except (RuntimeError, OSError): raise _needs(root, "Oxford-IIIT Pet", PET_PAGE, tree) from None
+    def make(): return [OxfordIIITPet(root, split=s, target_types="segmentation") for s in ("trainval", "test")]
+    train, val = _opened(make, root, "Oxford-IIIT Pet", PET_PAGE, tree)
     table = torch.full((256,), IGNORE, dtype=torch.uint8)
     table[1], table[2], table[3] = 1, 0, 2
     train, val = ({i.id: i for i in _pairs(part._images, part._segs)} for part in (train, val))
@@ -355,17 +414,19 @@ def _pet(root: Path, split_seed: int) -> Source:
                   list(val.values()), table)
 
 # %% ../nbs/51_catalogue.ipynb #find-source
-def _source(dataset, data_root, split_seed, ids, augmented) -> Source:
+def _source(dataset: str, data_root, split_seed: int, ids: list | None, augmented: bool) -> Source:
     "The files of a data set; raises `UserError` when they are not where they should be"
     if data_root is None: raise UserError(f"dataset '{dataset}' needs data_root: give the folder in which it lies.")
+    root = Path(str(data_root))
     if dataset == "folder":
-        folder = Folder(data_root)
-        name = folder.info.get("name", folder.root.resolve().name)
-        source = Source(name, folder.classes, folder.palette, *folder_parts(folder, split_seed), folder=folder)
-    elif dataset == "voc": source = _voc(Path(data_root), split_seed, augmented)
-    elif dataset == "context": source = _context(Path(data_root), split_seed)
-    elif dataset == "cityscapes": source = _cityscapes(Path(data_root), split_seed)
-    else: source = _pet(Path(data_root), split_seed)
+        folder = Folder(root)
+        parts = folder_parts(folder, split_seed)
+        name = folder.info.get("name", folder.root.resolve().name) or "folder"
+        source = Source(name, folder.all_classes, folder.palette, *parts, folder=folder)
+    elif dataset == "voc": source = _voc(root, split_seed, augmented)
+    elif dataset == "context": source = _context(root, split_seed)
+    elif dataset == "cityscapes": source = _cityscapes(root, split_seed)
+    else: source = _pet(root, split_seed)
     if ids is not None: source.order, source.pool = _listed(source, ids)
     return source
 
@@ -387,7 +448,8 @@ def _further_splits(dataset: str, extra_unlabelled: str | None, unlabelled_from:
 def _split_of(folder: Folder, name: str) -> list:
     "The items of a further split; raises `UserError` when it is empty"
     items = list(folder.split(name).values())
-    if not items: raise UserError(f"'{folder.root / 'images' / name}' holds no image: put some there, or choose another split.")
+    if not items:
+        raise UserError(f"'{folder.root / 'images' / name}' holds no image: put some there, or choose another split.")
     return items
 
 # %% ../nbs/51_catalogue.ipynb #scenes-split
@@ -407,29 +469,30 @@ def _scenes_split(split, size, ids, style, strength):
 DATASETS = ("scenes", "portraits", "folder", "voc", "context", "cityscapes", "pet")
 
 
+@checked
 def load_task(
     dataset: str = "scenes",  # one of `DATASETS`
-    data_root=None,  # folder of the data set; scenes and portraits need none
+    data_root: str | Path | None = None,  # folder of the data set; scenes and portraits need none
     n_labelled: int | None = 12,  # None: every image that has a mask
-    split_seed: int = 0,  # which images are labelled
-    size=None,  # int (square) | (H,W) | None: the native size
+    split_seed: Whole = 0,  # which images are labelled
+    size: int | Sequence | None = None,  # one number (square) or (H,W); None: the native size
     n_unlabelled: int | None = None,  # None: all others; 0 for a purely supervised run
     n_tune: int | None = None,  # images set aside for choosing settings; scenes have 200 of their own
-    crop=None,  # int | (H,W): train on random crops of this size; evaluation stays whole
+    crop: int | Sequence | None = None,  # train on random crops of this size; evaluation stays whole
     stretch: bool = False,  # spread dark images between percentiles (see `read_image`)
     extra_unlabelled: str | None = None,  # folder: a further split whose images join the unlabelled ones
-    unlabelled_from: str | None = None,  # folder: a further split that is unlabelled instead of the rest of train
-    weak_tags: bool = False,  # unlabelled images that have no tags of their own get them from their masks
-    label_order=None,  # a text file with one id a line, or a list: replaces the shuffle by split_seed
+    unlabelled_from: str | None = None,  # folder: a further split, unlabelled instead of the rest of train
+    weak_tags: bool = False,  # unlabelled images without tags of their own get them from their masks
+    label_order: str | Path | Sequence | None = None,  # a text file, one id a line, or a list: who gets labels first
     style: str = "photo",  # scenes, portraits: look of all images
-    strength: float = 1.0,  # scenes, portraits: how far the style goes, in [0,1]
+    strength: Fraction = 1.0,  # scenes, portraits: how far the style goes
     augmented: bool = True,  # voc: add the images of SBD (10,582 in all)
-    memory_limit: float = 2e9,  # bytes; a larger task is read from disk batch by batch
+    memory_limit: NonNegative = 2e9,  # bytes; a larger task is read from disk batch by batch
+    copies_allowed: bool = False,  # folder: go on though a validation picture is also trained on
 ) -> Task:
-    "A checked task: who is labelled, unlabelled, for tuning and for the report; raises `UserError` in one sentence"
+    "A checked task: labelled, unlabelled, tuning and validation images; raises `UserError` in one sentence"
     one_of(dataset, DATASETS, "dataset")
-    further = _further_splits(dataset, extra_unlabelled, unlabelled_from)
-    crop = as_size(crop, "crop")
+    further, crop = _further_splits(dataset, extra_unlabelled, unlabelled_from), as_size(crop, "crop")
     if dataset == "scenes":
         if label_order is not None: raise UserError("label_order lists files: for scenes choose a split_seed instead.")
         return _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, strength, weak_tags, crop)
@@ -441,35 +504,35 @@ def load_task(
     source = _source(dataset, data_root, split_seed, _read_ids(label_order), augmented)
     pool = list(source.pool) if unlabelled_from is None else []
     for split in further: pool += _split_of(source.folder, split)
-    labelled, unlabelled, tune = cut(source.order, pool, n_labelled, n_unlabelled, n_tune, unlabelled_from is not None)
-    return _build(source, labelled, unlabelled, tune, as_size(size), crop, stretch, weak_tags, memory_limit)
+    sets = cut(source.order, pool, n_labelled, n_unlabelled, n_tune, unlabelled_from is not None)
+    task = _build(source, *sets, as_size(size), crop, stretch, weak_tags, memory_limit)
+    if source.folder and not copies_allowed: _check_copies([*sets[0], *sets[1]], [*sets[2], *source.val])
+    if source.folder and source.folder.notes: warnings.warn(" ".join(source.folder.notes), stacklevel=3)
+    return task
 
 # %% ../nbs/51_catalogue.ipynb #load-split
+@checked
 def load_split(
     dataset: str = "scenes",
-    data_root=None,
-    split: str = "val",  # scenes, portraits: train, val, tune; folder: the name of any folder under images/; else train, val
-    size=None,  # int | (H,W) | None: as for `load_task`
+    data_root: str | Path | None = None,
+    split: str = "val",  # scenes, portraits: train, val, tune; folder: any folder under images/; else train, val
+    size: int | Sequence | None = None,  # as for `load_task`
     stretch: bool = False,
-    ids=None,  # only these, in this order: `ids=task.unlabelled.ids` with split="train" shows what was hidden
+    ids: Sequence | None = None,  # only these: `ids=task.unlabelled.ids` with split="train" shows what was hidden
     classes: tuple | None = None,  # folder without a list of classes: `task.classes`
     style: str = "photo",
-    strength: float = 1.0,
-    memory_limit: float = 2e9,
+    strength: Fraction = 1.0,
+    memory_limit: NonNegative = 2e9,
 ) -> Images:  # `Labelled` when every image has a mask
     "One split whole, for evaluation elsewhere or for diagnosis: never for training"
     one_of(dataset, DATASETS, "dataset")
     if dataset == "scenes": return _scenes_split(split, size, ids, style, strength)
-    if dataset == "portraits":
-        one_of(split, PORTRAITS, "split")
-        whole = portraits(split, (as_size(size) or (32, 32))[0], style, strength)
-        if ids is None: return whole
-        row = {name: i for i, name in enumerate(whole.ids)}
-        index = torch.tensor([row[one_of(i, row, "image id")] for i in ids])
-        return Labelled(*chosen(whole, index), whole.n_classes)
+    if dataset == "portraits": return _portraits_split(split, size, ids, style, strength)
     if dataset == "folder":
+        if data_root is None: raise UserError("dataset 'folder' needs data_root: give the folder in which it lies.")
         folder = Folder(data_root)
-        source = Source("folder", folder.classes, None, list(folder.split(split).values()), [], [], folder=folder)
+        names = folder.classes or classes
+        source = Source("folder", names, None, list(folder.split(split).values()), [], [], folder=folder)
     else:
         source = _source(dataset, data_root, 0, None, True)
         if one_of(split, ("train", "val"), "split") == "val": source.order = source.val
@@ -481,15 +544,22 @@ def load_split(
     labelled = all(i.mask for i in items)
     if labelled:
         sizes, histograms = _checked(source, items)
-        classes = source.classes or classes or check_masks(items, histograms, None)
-        for item, histogram in zip(items, histograms): check_values(item, histogram, len(classes))
+        source.classes = source.classes or source.folder.all_classes
+        for item, histogram in zip(items, histograms): check_values(item, histogram, len(source.classes))
     else: sizes, _ = survey([Item(i.id, i.image) for i in items])
-    size = _one_size(items, sizes, as_size(size))
-    def load(files): return files.in_memory() if 4 * len(items) * size[0] * size[1] <= memory_limit else files
-    pictures = load(_pictures(items, size, stretch))
-    if labelled: return Labelled([i.id for i in items], pictures, load(_masks(items, size, source.table)), len(classes))
-    n_classes = len(source.classes or classes or ())
-    return Images([i.id for i in items], pictures, _weak_tags(source, items, n_classes, size, False))
+    size, n_classes = _one_size(items, sizes, as_size(size)), len(source.classes or ())
+    in_memory = 4 * len(items) * size[0] * size[1] <= memory_limit
+    pictures = _pictures(items, size, stretch, source.white)
+    if labelled: return _a_set(items, pictures, in_memory, _masks(items, size, source.table), n_classes)
+    return _a_set(items, pictures, in_memory, tags=_weak_tags(source, items, n_classes, size, False))
+
+# %% ../nbs/51_catalogue.ipynb #portraits-split
+def _portraits_split(split: str, size, ids: Sequence | None, style: str, strength: float) -> Labelled:
+    whole = portraits(split, (as_size(size) or (32, 32))[0], style, strength)
+    if ids is None: return whole
+    row = {name: i for i, name in enumerate(whole.ids)}
+    index = torch.tensor([row[one_of(i, row, "image id")] for i in ids])
+    return Labelled(*chosen(whole, index), whole.n_classes)
 
 # %% ../nbs/51_catalogue.ipynb #across
 def across(

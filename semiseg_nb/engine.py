@@ -287,15 +287,19 @@ def difference(then: dict, now: dict) -> str:
 class Saver:
     "The checkpoint of a run: where it is, whose it is, and what it holds"
 
-    def __init__(self, out_dir, every: int | None, identity: dict, accelerator: Accelerator):
+    def __init__(self, out_dir, every: int | None, identity: dict, accelerator: Accelerator, say: Callable):
         self.path = Path(out_dir) / "checkpoint.pt" if out_dir else None
-        self.every, self.identity, self.accelerator = every, identity, accelerator
+        self.every, self.identity, self.accelerator, self.say = every, identity, accelerator, say
         self.saved = "no checkpoint was written yet"
         if self.path and accelerator.is_main_process:
             trial = atomic_write(self.path.with_name(".trial"), lambda f: f.write(b"x"))  # can this folder be written to?
             trial.unlink(missing_ok=True)
             clear_temporaries(self.path.parent)
         accelerator.wait_for_everyone()
+
+    def due(self, done: int, total: int) -> bool:
+        "Whether a checkpoint is written after `done` steps"
+        return self.path is not None and (done == total or (bool(self.every) and done % self.every == 0))
 
     def save(self, method: Method, run: "Run", step: int) -> None:
         "Write the state after `step` steps, whole or not at all; raises `UserError` when the disk refuses"
@@ -335,7 +339,7 @@ class Saver:
             raise UserError(f"{self.path} holds other networks than this run ({why}): {remedy}.") from None
         run.history, run.seconds, run.images = (state["run"][k] for k in ("history", "seconds", "images"))
         self.saved = f"the last good checkpoint is step {state['step']} in {self.path}"
-        if self.accelerator.is_main_process: print(f"resumed at step {state['step']} of {run.steps}")
+        self.say(f"resumed at step {state['step']} of {run.steps}")
         return state["step"]
 
 
@@ -412,7 +416,7 @@ def fit(
     run = Run(steps, seed, batch_size, device=device_name(accelerator.device))
     bar = tqdm(total=steps, disable=not (progress and accelerator.is_main_process), desc=type(method).__name__, mininterval=1)
     def say(line): bar.write(line) if not bar.disable else None
-    saver = Saver(out_dir, checkpoint_every, identity, accelerator)
+    saver = Saver(out_dir, checkpoint_every, identity, accelerator, say)
     scorer = Scorer(task.val if eval_on is None else eval_on or None, eval_every, probe, accelerator, say)
     seed_everything(seed + 7919 * rank)
     start = saver.restore(method, run) if resume else saver.replace() or 0
@@ -426,7 +430,7 @@ def fit(
             lab, unl = next(batches)
             log.add(step, one_step(method, lab, unl, Clock(step, steps, seed, rank, world), accelerator, clip))
             done, run.images = step + 1, run.images + world * (len(lab["image"]) + (len(unl["image"]) if unl else 0))
-            saving = saver.path and (done == steps or (checkpoint_every and done % checkpoint_every == 0))
+            saving = saver.due(done, steps)
             if not (done % max(1, min(50, steps // 20)) == 0 or scorer.due(done, steps) or saving): continue
             means = log.flush(saver.saved)
             check_finite(method, done, saver.saved)

@@ -104,8 +104,9 @@ class Supervised(Method):
     def rows(self):
         "The baseline has two rows in the leaderboard: its averaged and its last weights"
         if self.name != "supervised": return super().rows()
-        last = "supervised_strong" if self.views == "strong" else "supervised"
-        return {"supervised_ema": ("Supervised, averaged", self), last: ("Supervised", self.net)}
+        last = {"weak": ("supervised", "Supervised, last weights"),
+                "strong": ("supervised_strong", "Supervised, strong views, last weights")}[self.views]
+        return {"supervised_ema": ("Supervised, averaged weights", self), last[0]: (last[1], self.net)}
 
     def check(self, task, labelled, unlabelled):
         "Raises `UserError` when the network does not fit the task, or CutMix has no partner"

@@ -77,7 +77,7 @@ def test_label_order_of_dataset_json(official):
     assert task.labelled.ids == ("train/t11", "train/t10", "train/t9") and task.tune.ids == ("train/t1", "train/t0")
     assert len(task.unlabelled) == 7 and task.val.ids == ("val/v0", "val/v1", "val/v2")
     assert task.name == "tiny" and task.classes == ("a", "b", "c") and task.palette[1] == (1, 9, 20)
-    assert set(task.describe()) == {"name", "n_classes", "split_id", "n_labelled", "n_unlabelled", "n_val", "size"}
+    assert set(task.describe()) == {"name", "n_classes", "split_id", "n_labelled", "n_unlabelled", "n_val", "size", "crop", "fingerprint"}
     json.dumps(task.describe())
 
 

@@ -1,4 +1,4 @@
-"CCT: the seven perturbations, who gets which gradient, the memory-saving loop, and pseudo-masks from tags"
+"CCT: the seven perturbations, who gets which gradient, the memory-saving loop, and its stages with tags"
 import copy
 import math
 
@@ -7,42 +7,36 @@ import pytest
 import torch
 from torch import nn
 
+from semiseg_nb.augment import paste
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import (
     CCT,
-    CAMNet,
     CCTWeak,
-    Guide,
+    ObjectGuide,
     Strengths,
-    Tagger,
-    bootstrap_threshold,
-    bootstrapped,
-    cams,
+    Sum,
+    cct_weak,
     con_msk,
     dropout,
     f_drop,
     f_noise,
     g_cutout,
     i_vat,
-    joint,
+    loss_of,
     make_decoders,
     obj_msk,
     object_boxes,
     objects_of,
-    one_by_one,
     parse_kinds,
     perturb,
-    pseudo_masks,
-    ruled_out,
     sub_boxes,
-    telling_tags,
     unit,
     vat_direction,
 )
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
-from semiseg_nb.engine import fit
-from semiseg_nb.losses import cross_entropy, divergence
+from semiseg_nb.engine import fit, settings
+from semiseg_nb.losses import consistency, divergence
 from semiseg_nb.models import build_model
 from semiseg_nb.supervised import Supervised
 
@@ -63,9 +57,38 @@ def batch(task, n=4):
     return ({**lab, "image": lab["image"].float() / 255, "mask": lab["mask"].long()}, {**unl, "image": unl["image"].float() / 255})
 
 
-def losses_of(method, task, step=50):
-    (_, losses), = list(method.updates(*batch(task), Clock(step, 100)))
-    return losses
+def step_of(method, task, step=50):
+    "Losses and statistics of one step"
+    (_, losses, means), = list(method.updates(*batch(task), Clock(step, 100)))
+    return losses, means
+
+
+def losses_of(method, task, step=50): return step_of(method, task, step)[0]
+
+
+def drive(stages, task, seed=0, batch_size=4, **more):
+    "Run a recipe: fit every stage, seeded anew; what it returns, and the stages"
+    done, made = None, []
+    while True:
+        seed_everything(seed)
+        try: stage = stages.send(done)
+        except StopIteration as end: return end.value, made
+        fit(stage.method, task, stage.steps, stage.batch_size or batch_size, seed=seed, eval_on=False, progress=False, **more)
+        made.append(stage)
+        done = stage.method
+
+
+class StrongView(CCT):
+    "As in the lesson: strong colours and pasted boxes for the encoder, the averaged network as the teacher"
+    def student(self, x_w, valid, clock): return paste(clock.boxes(x_w), self.strong_view(x_w, clock), valid)
+    @torch.no_grad()
+    def target(self, maps, x_w, unl, clock): return paste(clock.boxes(x_w), self.ema(x_w))[0]
+
+
+class NoStop(CCT):
+    "As in the lesson: the main decoder follows, a mistake"
+    def target(self, maps, x_w, unl, clock): return self.net.decode(maps, x_w.shape[-2:])
+    def distance(self, z_k, q, valid): return torch.where(valid, divergence(z_k, q, "mse"), 0).sum() / valid.sum().clamp(min=1)
 
 
 def features(seed=0, b=4, d=16, side=8): return torch.rand(b, d, side, side, generator=generator(seed, "e")).sub(0.3).relu()
@@ -74,7 +97,7 @@ def features(seed=0, b=4, d=16, side=8): return torch.rand(b, d, side, side, gen
 def rng(seed=0): return generator(seed, "draws")
 
 
-def guide(objects): return Guide(torch.stack([~objects, objects], 1).float(), torch.tensor([False, True]), rng())
+def guide(objects): return ObjectGuide(torch.stack([~objects, objects], 1).float(), torch.tensor([False, True]), rng())
 
 
 def grads(loss, params): return torch.autograd.grad(loss, params, allow_unused=True, retain_graph=True)
@@ -97,10 +120,8 @@ def test_weight_zero_takes_the_supervised_step_bit_for_bit(task):
 
 
 # 2
-@pytest.mark.parametrize("form", ["light", "copy"])
-def test_the_unlabelled_loss_reaches_encoder_and_auxiliary_decoders_only(task, form):
-    kinds = ALL if form == "light" else "f_noise,dropout"
-    cct = CCT(net(task), task, kinds=kinds, decoders=form)
+def test_the_unlabelled_loss_reaches_encoder_and_auxiliary_decoders_only(task):
+    cct = CCT(net(task), task, kinds=ALL)
     loss = losses_of(cct, task)["consistency"]
     assert zero(grads(loss, [*cct.net.up.parameters(), *cct.net.merge.parameters(), *cct.net.head.parameters()]))
     assert all(g.any() for g in grads(loss, [m[0].weight for m in cct.net.down[-1]]))
@@ -109,20 +130,19 @@ def test_the_unlabelled_loss_reaches_encoder_and_auxiliary_decoders_only(task, f
 
 
 def test_without_the_stop_gradient_the_main_decoder_follows(task):
-    cct = CCT(net(task), task, kinds="dropout", stop_gradient=False)
+    cct = NoStop(net(task), task, kinds="dropout")
     assert not zero(grads(losses_of(cct, task)["consistency"], list(cct.net.head.parameters())))
 
 
 def test_the_averaged_teacher_gets_no_gradient(task):
-    cct = CCT(net(task), task, kinds="dropout,con_msk", teacher="ema", student_view="strong", mix=1.0)
+    cct = StrongView(net(task), task, kinds="dropout,con_msk")
     sum(losses_of(cct, task).values()).backward()
     assert all(p.grad is None for p in cct.ema.parameters()) and all(p.grad is not None for p in cct.net.parameters())
 
 
 # 3
-@pytest.mark.parametrize("kind", ["mse", "kl", "js"])
-def test_equal_decoders_without_perturbation_have_no_loss_and_no_gradient(task, kind):
-    cct = CCT(net(task, "psp"), task, kinds="f_noise", kind=kind, strengths={"noise": 0.0})
+def test_equal_decoders_without_perturbation_have_no_loss_and_no_gradient(task):
+    cct = CCT(net(task, "psp"), task, kinds="f_noise", strengths={"noise": 0.0})
     cct.decoders[0].load_state_dict(cct.net.decoder.state_dict())
     loss = losses_of(cct, task)["consistency"]
     assert loss < 1e-6
@@ -170,8 +190,8 @@ def test_the_two_masks_share_the_features_between_them():
 def test_a_foreground_list_says_what_an_object_is(task):
     logits = torch.eye(5)[torch.tensor([[[0, 1], [2, 4]]])].movedim(-1, 1)
     cct = CCT(net(task), task, foreground=[2, 4])
-    assert objects_of(logits, cct.foreground).tolist() == [[[False, False], [True, True]]]
-    assert objects_of(logits, CCT(net(task), task).foreground).tolist() == [[[False, True], [True, True]]]
+    assert objects_of(logits, cct.is_object).tolist() == [[[False, False], [True, True]]]
+    assert objects_of(logits, CCT(net(task), task).is_object).tolist() == [[[False, True], [True, True]]]
 
 
 # 7
@@ -229,54 +249,46 @@ def test_i_vat_at_the_published_probe_is_noise_in_single_precision():
     assert abs(cosine(vat_direction(e, decoder, start, xi=1e-6), exact)) < 0.5
 
 
-# 9
-def test_bootstrap_thresholds():
-    assert [bootstrap_threshold(0.4 * f, 21) for f in (0, 0.1, 0.25, 0.5, 1)] == pytest.approx([0.048, 0.383, 0.656, 0.830, 0.894], abs=1e-3)
-    assert [bootstrap_threshold(0.4 * f, 5) for f in (0, 0.1, 0.25, 0.5, 1)] == pytest.approx([0.2, 0.475, 0.699, 0.843, 0.895], abs=1e-3)
-    assert bootstrap_threshold(1.0, 5) == bootstrap_threshold(0.4, 5) == pytest.approx(0.2 + 0.7 * (1 - math.exp(-5)))
-
-
-def test_bootstrapped_cross_entropy_keeps_the_unbelieved_and_never_nothing():
-    z = torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.1, 0.0], [2.0, 0.0]]).T.view(1, 2, 1, 4)
-    y = torch.tensor([[[0, 0, 255, 0]]])
-    assert bootstrapped(z, y, 0.5).tolist() == [[[255, 0, 255, 255]]]     # the mistake stays in
-    assert torch.equal(bootstrapped(z, y, 1.0), y)                         # at 1 it is plain cross-entropy
-    sure = torch.tensor([50.0, 0.0]).view(1, 2, 1, 1).expand(2, 2, 3, 3)
-    kept = bootstrapped(sure, torch.zeros(2, 3, 3, dtype=torch.long), 0.5)
-    assert (kept != 255).sum() >= 2 and torch.isfinite(cross_entropy(sure, kept))
-    one = bootstrapped(torch.tensor([[[[5.0, 4.0, 6.0]], [[0.0, 0.0, 0.0]]]]), torch.zeros(1, 1, 3, dtype=torch.long), 0.5)
-    assert one.tolist() == [[[255, 0, 255]]]                               # all believed: the least believed one is left
-    assert cross_entropy(z, bootstrapped(z, torch.full_like(y, 255), 0.5)) == 0
-
-
 # 10
 def test_the_weights_follow_the_sigmoid_ramp(task):
     cct = CCT(net(task), task, weight=30.0, kinds="con_msk")
     ratio = {}
     for step in (0, 5, 10, 100):
-        loss = losses_of(cct, task, step)["consistency"]
-        ratio[step] = (loss / cct.stats["con_msk"]).item()
+        losses, means = step_of(cct, task, step)
+        ratio[step] = (losses["consistency"] / means["con_msk"]).item()
     assert ratio[0] == pytest.approx(30 * math.exp(-5), rel=1e-4) and ratio[0] == pytest.approx(0.202, abs=1e-3)
     assert [ratio[s] for s in (5, 10, 100)] == pytest.approx([30 * math.exp(-5 / 4), 30, 30], rel=1e-4)
 
 
 def test_the_weak_loss_has_its_own_weight_and_trains_no_main_decoder(task):
     pseudo = torch.randint(0, 5, (24, 32, 32), generator=rng()).to(torch.uint8)
-    cct = CCT(net(task), task, weight=0.0, kinds="con_msk,dropout", pseudo=pseudo, weak_weight=0.4)
-    loss = losses_of(cct, task, 100)["consistency"]
-    assert loss.item() == pytest.approx(0.4 * cct.stats["weak"].item(), rel=1e-4)
+    cct = CCTWeak(net(task), task, weight=0.0, kinds="con_msk,dropout", pseudo=pseudo, weak_weight=0.4)
+    losses, means = step_of(cct, task, 100)
+    loss = losses["consistency"]
+    assert loss.item() == pytest.approx(0.4 * means["weak"].item(), rel=1e-4)
     assert zero(grads(loss, list(cct.net.head.parameters()))) and not zero(grads(loss, list(cct.decoders[0].parameters())))
     cct.pseudo.fill_(255)
     assert losses_of(cct, task, 100)["consistency"] == 0                   # nothing known: 0, not nan
 
 
+def test_one_decoder_has_a_distance_and_a_cross_entropy():
+    decoder, e = nn.Conv2d(3, 5, 1), torch.rand(2, 3, 8, 8)
+    class Decoder(nn.Module):
+        def forward(self, e, size): return decoder(e)
+    q, valid = torch.randn(2, 5, 8, 8).softmax(1), torch.ones(2, 8, 8) > 0
+    def distance(z_k, q, valid): return consistency(z_k, q, valid=valid, kind="mse")
+    loss_u, loss_w = loss_of(Decoder(), e, q, valid, distance)
+    assert torch.isclose(loss_u, (decoder(e).softmax(1) - q).square().sum(1).mean()) and loss_w == 0
+    _, loss_w = loss_of(Decoder(), e, q, valid, distance, torch.zeros(2, 8, 8, dtype=torch.long))
+    assert torch.isclose(loss_w, -decoder(e).log_softmax(1)[:, 0].mean())
+
+
 # 11
-@pytest.mark.parametrize("form, model", [("light", "unet"), ("copy", "unet"), ("copy", "deeplabv3"), ("light", "psp")])
-@pytest.mark.parametrize("stop", [True, False])
-def test_the_memory_saving_loop_has_the_same_loss_and_gradients(task, form, model, stop):
+@pytest.mark.parametrize("method, model", [(CCT, "unet"), (StrongView, "deeplabv3"), (CCT, "psp")])
+def test_the_memory_saving_loop_has_the_same_loss_and_gradients(task, method, model):
     both = []
     for saver in (False, True):
-        cct = CCT(net(task, model), task, kinds=ALL, decoders=form, stop_gradient=stop, saver=saver, views="weak")
+        cct = method(net(task, model), task, kinds=ALL, saver=saver, views="weak")
         cct.net.eval(), cct.decoders.eval()                                # batch statistics would amplify rounding
         losses = losses_of(cct, task)
         params = [*cct.net.parameters(), *cct.decoders.parameters()]
@@ -286,20 +298,31 @@ def test_the_memory_saving_loop_has_the_same_loss_and_gradients(task, form, mode
         assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
 
 
-@pytest.mark.parametrize("form, saver", [("light", False), ("light", True), ("copy", True)])
-def test_the_step_runs_in_half_precision(task, form, saver):
-    cct = CCT(net(task), task, kinds=ALL, decoders=form, saver=saver)
+def test_the_memory_saving_loop_works_around_a_frozen_encoder(task):
+    cct = CCT(net(task), task, kinds="dropout", saver=True)
+    cct.net.requires_grad_(False)
+    loss = losses_of(cct, task)["consistency"]
+    assert not zero(grads(loss, list(cct.decoders.parameters())))
+
+
+@pytest.mark.parametrize("saver", [False, True])
+def test_the_step_runs_in_half_precision(task, saver):
+    cct = CCT(net(task), task, kinds=ALL, saver=saver)
     with torch.autocast("cpu", torch.bfloat16): losses = losses_of(cct, task)
     sum(losses.values()).backward()
     assert all(torch.isfinite(v) for v in losses.values()) and all(torch.isfinite(p.grad).all() for p in cct.net.parameters())
 
 
 def test_the_memory_saving_loop_scales_with_the_gradient_from_above():
-    decoders, e = nn.ModuleList(nn.Linear(3, 2) for _ in range(2)), torch.randn(4, 3, requires_grad=True)
-    def loss_of(k, shared): return decoders[k](shared[0]).square().sum()
-    one, two = ((3 * f(loss_of, decoders, [e])).backward() or (e.grad.clone(), decoders[1].weight.grad.clone(), e.grad.zero_(),
-                decoders.zero_grad()) for f in (joint, one_by_one))
-    assert torch.allclose(one[0], two[0]) and torch.allclose(one[1], two[1])
+    decoders, ends = nn.ModuleList(nn.Linear(3, 2) for _ in range(2)), []
+    for saver in (False, True):
+        e = torch.ones(4, 3, requires_grad=True)
+        decoders.zero_grad()
+        total = Sum(e * 2, saver)
+        for d in decoders: total.add(d(total.e).square().sum(), d)
+        (3 * total.total()).backward()
+        ends.append((e.grad, decoders[1].weight.grad.clone()))
+    assert all(torch.allclose(a, b) for a, b in zip(*ends))
 
 
 # 12
@@ -344,94 +367,58 @@ def test_training_reads_no_mask_of_an_unlabelled_image(task):
 def test_light_decoders_fit_any_network_and_any_size(model, kw):
     model = build_model(model, 3, width=4, **kw)
     decoders, x = make_decoders(model, 2), torch.rand(2, 3, 41, 50)
-    assert decoders[0](model.encode(x), (41, 50)).shape == (2, 3, 41, 50)
+    assert decoders[0](model.encode(x)[-1], (41, 50)).shape == (2, 3, 41, 50)
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
-def test_a_copied_decoder_is_the_decoder_alone_with_fresh_weights(task):
-    model = net(task)
-    copied, = make_decoders(model, 1, "copy")
-    own = dict(copied.net.named_parameters())
-    assert set(own) == {n for n, _ in model.named_parameters() if not n.startswith("down")}
-    assert all(not torch.equal(p, dict(model.named_parameters())[n]) for n, p in own.items() if n.endswith("0.weight") and p.dim() == 4)
-
-
-def test_the_faithful_decoder_has_no_negative_logit_and_the_published_size(task):
-    model = build_model("unet", 21, width=64)
-    decoder, = make_decoders(model, 1, faithful=True)
-    assert sum(p.numel() for p in decoder.parameters()) == 16296
-    assert decoder([features(d=512)], (64, 64)).min() >= 0
-
-
-# weak labels
-def test_pseudo_masks_have_two_thresholds_and_only_tagged_classes():
-    net_, x = CAMNet(4, width=4), torch.rand(3, 3, 16, 16)
-    tags = torch.tensor([[1.0, 1, 0, 1], [1, 0, 1, 0], [0, 0, 0, 0]])
-    cam = cams(net_.eval(), x, tags, scales=(1.0, 0.5))
-    assert cam.shape == (3, 4, 16, 16) and 0 <= cam.min() and cam.max() <= 1 and not cam[tags == 0].any()
-    mask = pseudo_masks(cam, tags, high=0.4, low=0.1)
-    assert mask.dtype == torch.uint8 and set(mask[0].unique().tolist()) <= {0, 1, 3, 255} and set(mask[1].unique().tolist()) <= {0, 2, 255}
-    assert (mask[2] == 255).all()                                          # no tags: nothing is known, not even background
-    by_hand = torch.tensor([[0.9, 0.9, 0.9], [0.05, 0.3, 0.5], [0.0, 0.1, 0.8]]).view(1, 3, 1, 3)
-    assert pseudo_masks(by_hand, torch.ones(1, 3)).tolist() == [[[0, 255, 2]]]
-
-
-def test_an_image_without_tags_does_not_train_the_classifier(task):
-    tagger = Tagger(task)
-    lab, unl = batch(task)
-    def loss(tags): return next(tagger.updates(lab, {**unl, "tags": tags}, Clock(0, 1)))[1]["tags"]
-    tagger.eval()
-    silent = torch.cat([unl["tags"][:2], torch.zeros(2, 5)])
-    labelled, first, both = loss(torch.zeros(4, 5)), loss(silent), loss(unl["tags"])
-    assert torch.isfinite(labelled) and labelled != first != both
-    other = {**unl, "image": torch.cat([unl["image"][:2], torch.rand(2, 3, 32, 32)])}       # what those two show does not matter
-    assert torch.equal(first, next(tagger.updates(lab, {**other, "tags": silent}, Clock(0, 1)))[1]["tags"])
-
-
-def test_a_tag_of_every_image_has_no_map_and_takes_the_background_away():
-    tags = torch.tensor([[1.0, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]])
-    assert telling_tags(tags).tolist() == [False, False, True, True]
-    net_ = CAMNet(4, width=4, telling=telling_tags(tags)).eval()
-    cam = cams(net_, torch.rand(3, 3, 16, 16), tags)
-    assert not cam[:, 1].any() and cam[0, 3].any()
-    assert 0 not in pseudo_masks(cam, tags, telling=net_.telling)         # class 1 may be anywhere
-    with pytest.raises(UserError, match="No unlabelled image has a tag"): telling_tags(torch.zeros(3, 4))
-    with pytest.raises(UserError, match="tags tell nothing"): telling_tags(torch.ones(3, 4))
-
-
-@pytest.mark.parametrize("kind", ["mse", "kl", "js"])
-def test_absent_classes_are_struck_from_the_target(task, kind):
-    tags = torch.tensor([[1.0, 0, 1], [0, 0, 0]])
-    assert ruled_out(tags, (2, 3)).shape == (2, 3, 2, 3) and ruled_out(tags, (1, 1)).flatten(1).tolist() == [[False, True, False], [False] * 3]
-    cct = CCT(net(task), task, kinds=ALL, rule_out=True, kind=kind, teacher="ema", mix=1.0)
-    losses = losses_of(cct, task)
+# tags
+def test_absent_classes_are_struck_from_the_target(task):
+    cct = CCTWeak(net(task), task, kinds=ALL, rule_out=True)
+    losses, means = step_of(cct, task)
     sum(losses.values()).backward()
     assert all(torch.isfinite(v) for v in losses.values()) and all(torch.isfinite(p.grad).all() for p in cct.net.parameters())
-    free = CCT(net(task), task, kinds=ALL, kind=kind, teacher="ema", mix=1.0)
-    assert losses_of(free, task)["consistency"] != losses["consistency"]
+    assert "weak" not in means and losses_of(CCTWeak(net(task), task, kinds=ALL), task)["consistency"] != losses["consistency"]
+    lab, unl = batch(task)
+    unl["tags"][0] = 0                                                     # nobody has tagged the first image
+    with torch.no_grad(): z_m = cct.target(cct.net.encode(unl["image"]), unl["image"], unl, Clock(0, 1))
+    absent = (unl["tags"] == 0)[:, :, None, None] & unl["tags"].any(1).view(-1, 1, 1, 1)
+    assert torch.equal(z_m == -math.inf, absent.expand_as(z_m))
 
 
-def test_without_a_classifier_there_are_no_pseudo_masks(task):
-    method = CCTWeak(net(task), task, tag_steps=0, rule_out=True, kinds="dropout")
-    assert method.pseudo is None and "weak" not in (losses_of(method, task) and method.stats)
-
-
-def test_cct_with_tags_trains_and_keeps_its_pseudo_masks_in_the_frame_of_the_view(task):
-    method = CCTWeak(net(task), task, tag_steps=2, tag_batch=4, kinds="dropout,con_msk")
+def test_cct_with_tags_has_two_stages_and_keeps_its_masks_in_the_frame_of_the_view(task):
+    seed_everything(0)
+    method, stages = drive(cct_weak(net(task), task, 2, tag_steps=2, tag_batch=4, cct={"kinds": "dropout,con_msk"}), task)
+    assert [(s.name, s.steps, s.scored) for s in stages] == [("tags", 2, False), ("cct", 2, True)] and stages[0].batch_size == 4
     assert method.pseudo.shape == (24, 32, 32) and not any("pseudo" in k or "tagger" in k for k in method.state_dict())
-    fit(method, task, 2, 4, seed=0, eval_on=False, progress=False)
-    assert torch.isfinite(method.stats["weak"])
+    assert torch.isfinite(step_of(method, task)[1]["weak"])
+    lab, unl = batch(task)
+    clock = Clock(5, 10)
+    drawn = clock.draw(method.weak, "weak", unl["image"])
+    assert torch.equal(method.labels(unl, clock), method.weak.apply_label(method.pseudo[unl["index"]].long(), drawn))
+
+
+def test_without_a_classifier_there_is_one_stage_and_no_mask(task):
+    method, stages = drive(cct_weak(net(task), task, 1, tag_steps=0, rule_out=True, cct={"kinds": "dropout"}), task)
+    assert [s.name for s in stages] == ["cct"] and method.pseudo is None
+
+
+def test_the_settings_are_attributes(task):
+    chosen = dict(weight=2.0, kinds="f_drop:2", strengths={"noise": 0.1}, foreground=[1], saver=True, lr=1e-3)
+    assert chosen.items() <= settings(CCT(net(task), task, **chosen)).items()
 
 
 # mistakes of the user
 @pytest.mark.parametrize("make, words", [
     (lambda task: parse_kinds("f_nois:2"), "did you mean 'f_noise'"), (lambda task: parse_kinds("f_noise:two"), "f_noise:two"),
-    (lambda task: parse_kinds("f_noise:0"), "f_noise:0"), (lambda task: CCT(net(task), task, kind="l2"), "mse, kl, js"),
-    (lambda task: CCT(net(task), task, weight=-1.0), "weight"), (lambda task: CCT(net(task), task, decoders="heavy"), "light, copy"),
-    (lambda task: CCT(net(task), task, teacher="mean"), "self, ema"), (lambda task: CCT(net(task), task, foreground=[7]), "foreground"),
+    (lambda task: parse_kinds("f_noise:0"), "f_noise:0"), (lambda task: CCT(net(task), task, kind="kl"), "setting of CCT 'kind' is not known"),
+    (lambda task: CCT(net(task), task, weight=-1.0), "weight"), (lambda task: CCT(net(task), task, weight=math.nan), "weight"),
+    (lambda task: CCT(net(task), task, foreground=[7]), "foreground"), (lambda task: CCT(net(task), task, ramp_up=80), "ramp_up is 80"),
     (lambda task: CCT(net(task), task, strengths={"nois": 1}), "did you mean 'noise'"),
-    (lambda task: CCTWeak(net(task), load_task("scenes", n_labelled=6, size=32)), "weak_tags=True"),
-    (lambda task: CCT(net(task), load_task("scenes", n_labelled=6, size=32), rule_out=True), "weak_tags=True"),
-    (lambda task: CCTWeak(net(task), load_task("scenes", n_labelled=6, crop=32, weak_tags=True)), "crop=None")])
+    (lambda task: next(cct_weak(net(task), load_task("scenes", n_labelled=6, size=32), 3)), "weak_tags=True"),
+    (lambda task: next(cct_weak(net(task), task, 3, tag_steps=0)), "rule_out=True"),
+    (lambda task: cct_weak(net(task), task, 0), "steps is 0"), (lambda task: cct_weak(net(task), task, 3, high=40), "high is 40"),
+    (lambda task: CCTWeak(net(task), task, pseudo=torch.zeros(3, 32, 32)), "3 masks for 24 unlabelled images"),
+    (lambda task: CCTWeak(net(task), load_task("scenes", n_labelled=6, size=32), rule_out=True), "weak_tags=True"),
+    (lambda task: next(cct_weak(net(task), load_task("scenes", n_labelled=6, crop=32, weak_tags=True), 3)), "crop=None")])
 def test_a_mistake_is_answered_in_one_sentence(task, make, words):
     with pytest.raises(UserError, match=words): make(task)

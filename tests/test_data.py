@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
 from semiseg_nb.data import Files, Images, Labelled, Stream, Task, image_tags, loader, one_pass, random_crop, split_id
-from semiseg_nb.folders import class_palette, read_image
+from semiseg_nb.folders import class_palette
+from semiseg_nb.pictures import read_image
 
 
 # ---------------------------------------------------------------- Stream
@@ -136,7 +137,7 @@ def test_files_take_the_place_of_a_tensor(tmp_path):
 # ---------------------------------------------------------------- tasks
 def test_task_refuses_masks_and_overlap():
     a, b = in_memory(4), in_memory(6)
-    with pytest.raises(TypeError, match="Labelled"): Task("x", ("a", "b", "c"), class_palette(3), a, b, b)
+    with pytest.raises(UserError, match="is `Labelled`, but it may have no masks"): Task("x", ("a", "b", "c"), class_palette(3), a, b, b)
     c = Labelled([f"v{i}" for i in range(6)], b.images, b.masks, 3)
     with pytest.raises(UserError, match="'i0' is in the task twice"):
         Task("x", ("a", "b", "c"), class_palette(3), a, Images(b.ids, b.images), c)

@@ -7,10 +7,10 @@ import torch
 from helpers import mask, official_folder, picture, plain_folder
 from PIL import Image
 
-from semiseg_nb import folders
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
-from semiseg_nb.folders import check_folder, cut, read_image, read_mask
+from semiseg_nb.folders import check_folder, cut
+from semiseg_nb.pictures import image_size, read_image, read_mask
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_other_kinds_of_files(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", (16, 12)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").shape == (3, 16, 12) and folders._image_size(tmp_path / "turned.jpg") == (16, 12)
+    assert read_image(tmp_path / "turned.jpg").shape == (3, 16, 12) and image_size(tmp_path / "turned.jpg") == (16, 12)
 
 
 def test_stretch_spreads_a_dark_image(tmp_path):

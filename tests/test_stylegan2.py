@@ -11,9 +11,9 @@ from helpers import NoMask
 from torch import nn
 
 from semiseg_nb import stylegan2
+from semiseg_nb.catalogue import box_sums, load_task, one_object, portraits
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import evaluate, fit, make_accelerator, optimise, prepare
 from semiseg_nb.engine import settings as settings_in_force
 from semiseg_nb.ganaugment import augmentation
@@ -26,7 +26,6 @@ from semiseg_nb.stylegan2 import (
     ModulatedConv,
     StyleGAN2,
     block_features,
-    box_sums,
     channels_for,
     d_loss,
     downsample,
@@ -38,9 +37,7 @@ from semiseg_nb.stylegan2 import (
     lazy_adam,
     load_pairs,
     minibatch_std,
-    one_object,
     path_penalty,
-    portraits,
     r1_penalty,
     scaled,
     styles,
