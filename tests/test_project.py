@@ -25,9 +25,9 @@ FLOORS = {
     0: ["core"],
     1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "viz"],
     2: ["folders", "catalogue", "clock", "checkpoint", "engine", "records"],
-    3: ["supervised", "adversarial", "bank"],  # the baseline, and pieces that several methods share
+    3: ["supervised", "adversarial", "ganaugment", "bank"],  # the baseline, and pieces that several methods share
     4: ["uda", "temporal", "cct", "unimatch", "advsemiseg", "guidedmix", "stylegan2", "cyclegan"],
-    5: ["continuation", "semanticgan", "phases"],  # each goes on from methods of the floor below
+    5: ["continuation", "semanticgan", "inversion", "phases"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
     7: ["checks", "command"],  # what people do with all of it
 }
@@ -35,6 +35,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("catalogue", "folders"),  # a folder of one's own is one of the data sets
     ("records", "engine"),  # a record is made from a run
+    ("inversion", "semanticgan"),  # the second stage goes on from the first
     ("engine", "clock"), ("engine", "checkpoint"),  # the loop hands every step its clock, and saves
 }
 IMPORT_NAMES = {"pillow": "PIL", "segmentation-models-pytorch": "segmentation_models_pytorch", "huggingface-hub": "huggingface_hub"}
