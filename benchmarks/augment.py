@@ -97,7 +97,7 @@ def tv_weak(image, label):
 
 class PhotoRandAugment(v2.RandAugment):
     "torchvision's own class with its photometric ops only: with the others it has no way to move a label"
-    _AUGMENTATION_SPACE = {  # noqa: RUF012 - torchvision's own attribute
+    _AUGMENTATION_SPACE = {
         name: bins for name, bins in v2.RandAugment._AUGMENTATION_SPACE.items() if not name.startswith(("Shear", "Translate", "Rotate"))}
 
 

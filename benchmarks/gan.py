@@ -18,10 +18,11 @@ import step
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import atomic_write, seed_everything
 from semiseg_nb.cyclegan import CycleGAN, across
-from semiseg_nb.data import load_task
-from semiseg_nb.engine import Clock, device_name, make_accelerator, one_step, pairs, prepare
+from semiseg_nb.engine import device_name, make_accelerator, one_step, pairs, prepare
 from semiseg_nb.records import commit, versions
 from semiseg_nb.semanticgan import SemanticGAN
 from semiseg_nb.stylegan2 import Discriminator, Generator, ModulatedConv, StyleGAN2, latents, path_penalty, r1_penalty

@@ -22,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from semiseg_nb import engine
 from semiseg_nb.advsemiseg import S4GAN, AdvSemiSeg
 from semiseg_nb.augment import Policy
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import CCT
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import EMA, atomic_write, seed_everything
-from semiseg_nb.data import load_task
-from semiseg_nb.engine import Clock, device_name, fit, make_accelerator, one_step, pairs, prepare
+from semiseg_nb.engine import device_name, fit, make_accelerator, one_step, pairs, prepare
 from semiseg_nb.guidedmix import GuidedMix
 from semiseg_nb.models import build_model
 from semiseg_nb.records import commit, versions

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError, named_values, seed_everything
-from semiseg_nb.data import Labelled, load_task
+from semiseg_nb.data import Labelled
 from semiseg_nb.engine import evaluate, fit, make_accelerator
 from semiseg_nb.records import make_record, settings_of, write_record
 from semiseg_nb.semanticgan import SemanticEncoder, SemanticGAN, agreement, fit_oracle, save_semantic, share_distance

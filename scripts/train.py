@@ -8,10 +8,10 @@ import json
 from inspect import signature
 
 from semiseg_nb.advsemiseg import S4GAN, AdvSemiSeg
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import CCT, CCTWeak
 from semiseg_nb.continuation import Continuation, load_start, start_label
 from semiseg_nb.core import UserError, named_values, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import evaluate, fit, save_weights
 from semiseg_nb.guidedmix import GuidedMix
 from semiseg_nb.mask_cycle import MaskCycle

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import cutmix, partner
+from .clock import Clock
 from .core import EMA, IGNORE, UserError, in_range, one_of
 from .data import Stream, random_crop
-from .engine import Clock
 from .losses import cross_entropy, one_hot
 from .models import conv_bn_relu
 from .supervised import Supervised, view

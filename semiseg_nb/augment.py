@@ -548,5 +548,6 @@ def paste(
     *maps: Tensor,  # images (B,3,H,W), logits, labels, valid maps (B,H,W)
 ) -> list[Tensor]:
     "Inside the box every image becomes its partner, and so does everything that is known about its pixels"
-    if len(box) < 2: raise UserError("A single unlabelled image has no partner to paste from: give an unlabelled batch of at least 2.")
+    if len(box) < 2 and box.any():
+        raise UserError("A single unlabelled image has no partner to paste from: give an unlabelled batch of at least 2.")
     return [cutmix(m, partner(m), box) for m in maps]

@@ -23,9 +23,10 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from .augment import cutmix, flip_crop, partner, randaugment
+from .clock import Clock
 from .core import IGNORE, UserError, in_range, one_of, ramp, seed_everything
 from .data import one_pass
-from .engine import Clock, Method, fit
+from .engine import Method, fit
 from .losses import confident, consistency, cross_entropy, divergence
 from .models import Upsampler, conv_bn_relu
 from .supervised import Supervised, view

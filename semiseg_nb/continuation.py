@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from .advsemiseg import FAKE, REAL, FCDiscriminator, bce_map, fresh_masks, gate, hide, large_enough, through, trusted, verdicts
 from .augment import cutmix, partner
 from .cct import CCT, Tagger, all_pseudo_masks
+from .clock import Clock
 from .core import IGNORE, UserError, in_range, one_of
-from .engine import Clock, fit
+from .engine import fit
 from .losses import cross_entropy, one_hot
 from .supervised import view
 

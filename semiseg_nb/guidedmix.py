@@ -20,8 +20,8 @@ from scipy.special import betainc, betaincinv
 from torch import Tensor, nn
 
 from .augment import cutmix, partner
+from .clock import Clock
 from .core import IGNORE, UserError, in_range, one_of
-from .engine import Clock
 from .losses import confident, consistency, cross_entropy
 from .models import conv_bn_relu
 from .supervised import Supervised, view

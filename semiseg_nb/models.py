@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .core import UserError, one_of
+from .core import UserError, keep_eval, one_of
 
 # %% ../nbs/04_models.ipynb #interface
 class Segmenter(nn.Module):
@@ -87,10 +87,8 @@ def running_statistics(net: nn.Module):
 
 
 def freeze_batch_norms(net: nn.Module) -> nn.Module:
-    "BatchNorm keeps its averages for good: `fit` leaves these layers in eval mode"
-    for m in batch_norms(net):
-        m.eval()
-        m.keeps_statistics = True
+    "BatchNorm keeps its averages for good: these layers stay in eval mode"
+    for m in batch_norms(net): keep_eval(m)
     return net
 
 # %% ../nbs/04_models.ipynb #unet

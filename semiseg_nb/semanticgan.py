@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
+from .checkpoint import load_weights, save_weights
+from .clock import Clock
 from .core import EMA, IGNORE, UserError, frozen, generator, in_range, one_of, seed_everything
-from .engine import Clock, Method, fit, load_weights, save_weights
+from .engine import Method, fit
 from .metrics import SegmentationMetrics
 from .models import Residual, UNet
 from semiseg_nb.stylegan2 import (

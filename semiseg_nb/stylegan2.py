@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .catalogue import DATASETS, load_task
 from .core import EMA, UserError, generator, in_range, one_of
-from .data import DATASETS, Images, Labelled, Task, as_size, load_task
+from .data import Images, Labelled, Task, as_size
 from .engine import Method
 from .scenes import CLASSES, PALETTE, make_scenes
 

@@ -64,7 +64,7 @@ class Supervised(Method):
         net: nn.Module,  # images (B,3,H,W) to logits (B,C,H,W)
         task: Task,  # its mean colour fills the padding of views
         *,
-        views: Literal["weak", "strong"] = "weak",  # of labelled images: "strong" has photometric operations on top
+        views: Literal["weak", "strong"] = "weak",  # of labelled images: strong adds colours
         n: Whole = 2,  # operations of a strong view
         strength: Fraction = 0.5,  # of these operations
         lr: Positive = 2e-3,  # of AdamW
@@ -80,8 +80,10 @@ class Supervised(Method):
         self.ema_decay = ema_decay
         self.net, self.ema = net, EMA(net, ema_decay)
         self.policies = labelled_views(views, task.mean, n, strength)
-        self.weak, self.strong = flip_crop(fill=task.mean), randaugment(n=n, strength=strength, fill=task.mean)
-        self.optimisers = {"net": torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)}
+        self.weak = flip_crop(fill=task.mean)
+        self.strong = randaugment(n=n, strength=strength, fill=task.mean)
+        adam = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        self.optimisers = {"net": adam}
 
     def updates(self, lab, unl, clock):
         x, y = view(lab, self.policies, clock)
@@ -89,23 +91,33 @@ class Supervised(Method):
         self.ema.update(self.net)
 
     def weak_view(self, u: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
-        "Unlabelled images (B,3,H,W) flipped, zoomed and shifted, and which of their pixels are image: (B,H,W) bool"
+        "Unlabelled images (B,3,H,W) flipped, zoomed, shifted; and which pixels are image: (B,H,W)"
         drawn = clock.draw(self.weak, "weak", u)
         return self.weak.apply_image(u, drawn), self.weak.valid(drawn, u.shape[-2:])
 
     def strong_view(self, x_w: Tensor, clock: Clock, stream: str = "strong") -> Tensor:
-        "The weak view with photometric operations on top, drawn from the named stream: the same pixels in the same places"
+        "The weak view with photometric operations on top: the same pixels in the same places"
         return self.strong.apply_image(x_w, clock.draw(self.strong, stream, x_w))
 
     def predict(self, x): return self.ema(x)
 
+    def rows(self):
+        "The baseline has two rows in the leaderboard: its averaged and its last weights"
+        if self.name != "supervised": return super().rows()
+        last = {"weak": ("supervised", "Supervised, last weights"),
+                "strong": ("supervised_strong", "Supervised, strong views, last weights")}[self.views]
+        return {"supervised_ema": ("Supervised, averaged weights", self), last[0]: (last[1], self.net)}
+
     def check(self, task, labelled, unlabelled):
-        "Raises `UserError` when the network does not fit the task, or when CutMix has no partner in the batch"
-        size, was = task.labelled.crop or task.size, self.net.training
-        with torch.no_grad(): shape = self.net.eval()(torch.zeros(1, 3, *size, device=self.device)).shape
-        self.net.train(was)
-        if tuple(shape) != (1, task.n_classes, *size):
-            raise UserError(f"The network maps an image of {size[0]}x{size[1]} to {tuple(shape)[1:]}, but this task needs {(task.n_classes, *size)}: "
-                            f"build it with n_classes={task.n_classes}.")
+        "Raises `UserError` when the network does not fit the task, or CutMix has no partner"
+        size = task.labelled.crop or task.size
+        modes = [(module, module.training) for module in self.net.modules()]
+        blank = torch.zeros(1, 3, *size, device=self.device)
+        with torch.no_grad(): shape = tuple(self.net.eval()(blank).shape)
+        for module, training in modes: module.training = training
+        if shape != (1, task.n_classes, *size):
+            raise UserError(f"The network maps an image of {size[0]}x{size[1]} to {shape[1:]}, but this task "
+                            f"needs {(task.n_classes, *size)}: build it with n_classes={task.n_classes}.")
         if self.uses_unlabelled and getattr(self, "mix", 0) > 0 and unlabelled < 2:
-            raise UserError("A single unlabelled image has no partner for CutMix: give an unlabelled batch of at least 2 for each process, or mix=0.")
+            raise UserError("A single unlabelled image has no partner for CutMix: give an unlabelled batch of "
+                            "at least 2 for each process, or mix=0.")

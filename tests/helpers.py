@@ -1,4 +1,12 @@
 """What several test files need."""
+import json
+
+import numpy as np
+import torch
+from PIL import Image
+
+from semiseg_nb.data import Labelled
+from semiseg_nb.folders import class_palette
 
 
 class NoMask(dict):
@@ -12,3 +20,49 @@ class NoMask(dict):
     def __contains__(self, key):
         assert key not in ("mask", "tags"), f"'{key}' of an unlabelled image was looked for"
         return super().__contains__(key)
+
+
+# ---------------------------------------------------------------- a tiny folder of each layout
+def picture(path, size=(12, 16), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+
+
+def mask(path, size=(12, 16), values=(0, 1, 2), seed=0, mode="P"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    a = np.random.default_rng(seed).choice(np.array(values, np.uint8), size).astype(np.uint8)
+    a.flat[: len(values)] = values
+    out = Image.fromarray(a)
+    if mode == "P":
+        out = out.convert("P")
+        out.putpalette([c for rgb in class_palette(256) for c in rgb])
+    out.save(path)
+    return torch.from_numpy(a)
+
+
+def plain_folder(root):
+    "20 images, the first 10 with a mask"
+    for i in range(20):
+        picture(root / "images" / f"p{i:02d}.png", seed=i)
+        if i < 10: mask(root / "masks" / f"p{i:02d}.png", seed=i)
+    return root
+
+
+def official_folder(root):
+    "train 12, val 3, unlabelled_far 4, ood 2, weak 3, with dataset.json"
+    names = {"train": 12, "val": 3, "ood": 2, "unlabelled_far": 4, "weak": 3}
+    for s, (split, n) in enumerate(names.items()):
+        for i in range(n):
+            picture(root / "images" / split / f"{split[0]}{i}.png", seed=100 * s + i)
+            if split in ("train", "val", "ood"): mask(root / "masks" / split / f"{split[0]}{i}.png", seed=100 * s + i)
+    stems = [f"t{i}" for i in range(12)]
+    info = {"name": "tiny", "classes": [{"id": i, "name": n, "color": [i, 9 * i, 20]} for i, n in enumerate("abc")],
+            "label_order": {"seed0": stems, "seed1": stems[::-1]}, "weak_labels": {"w0": [0, 2], "w1": [0], "w2": [0, 1]}}
+    (root / "dataset.json").write_text(json.dumps(info))
+    return root
+
+
+def in_memory(n=10, size=(6, 8), n_classes=3):
+    g = torch.Generator().manual_seed(0)
+    return Labelled([f"i{k}" for k in range(n)], torch.randint(0, 256, (n, 3, *size), generator=g, dtype=torch.uint8),
+                    torch.randint(0, n_classes, (n, *size), generator=g, dtype=torch.uint8), n_classes)

@@ -27,9 +27,10 @@ from semiseg_nb.advsemiseg import (
     through,
     trusted,
 )
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import EMA, IGNORE, UserError, generator, poly, seed_everything
-from semiseg_nb.data import load_task
-from semiseg_nb.engine import Clock, evaluate, fit
+from semiseg_nb.engine import evaluate, fit
 from semiseg_nb.losses import cross_entropy, one_hot
 from semiseg_nb.models import UNet, count_parameters
 from semiseg_nb.supervised import Supervised, view

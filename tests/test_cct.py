@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import (
     CCT,
     CAMNet,
@@ -38,9 +39,9 @@ from semiseg_nb.cct import (
     unit,
     vat_direction,
 )
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
-from semiseg_nb.data import load_task
-from semiseg_nb.engine import Clock, fit
+from semiseg_nb.engine import fit
 from semiseg_nb.losses import cross_entropy, divergence
 from semiseg_nb.models import build_model
 from semiseg_nb.supervised import Supervised

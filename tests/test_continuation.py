@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import CCT, CCTWeak
+from semiseg_nb.clock import Clock
 from semiseg_nb.continuation import (
     SIGNALS,
     Continuation,
@@ -26,8 +28,7 @@ from semiseg_nb.continuation import (
     tag_loss,
 )
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
-from semiseg_nb.data import load_task
-from semiseg_nb.engine import Clock, evaluate, fit
+from semiseg_nb.engine import evaluate, fit
 from semiseg_nb.losses import cross_entropy
 from semiseg_nb.models import build_model
 from semiseg_nb.records import make_record, settings_of

@@ -1,12 +1,17 @@
 "core: seeds, ramps, averages, files that are whole or absent, parameters of notebooks"
 import copy
+import errno
 import math
 import os
+import pickle
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from semiseg_nb import core
 from semiseg_nb.core import (
     EMA,
     UserError,
@@ -118,15 +123,85 @@ def test_one_of_names_the_choices_and_guesses():
     assert one_of("unet", ["unet"], "model") == "unet"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")])
-def test_a_full_disk_is_one_sentence_and_the_older_file_stays(tmp_path, error):
-    path = atomic_write(tmp_path / "sub" / "a.bin", lambda f: f.write(b"old"))
+class Full:
+    "A disk that takes so many bytes, and then no more"
+    def __init__(self, file, room): self.file, self.room = file, room
+    def __getattr__(self, name): return getattr(self.file, name)
+    def __enter__(self): return self
+    def __exit__(self, *args): self.file.close()
 
-    def fails(f):
-        f.write(b"half")
-        raise error
-    with pytest.raises(UserError, match=r"Could not write .*a\.bin .*the older file is untouched: free some space"): atomic_write(path, fails)
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0: raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+
+@pytest.mark.parametrize("writer", [lambda f: f.write(b"x" * 5000), lambda f: torch.save(torch.zeros(5000), f)], ids=["bytes", "torch"])
+def test_a_full_disk_is_one_sentence_and_the_older_file_stays(tmp_path, monkeypatch, writer):
+    path = atomic_write(tmp_path / "sub" / "a.bin", lambda f: f.write(b"old"))
+    monkeypatch.setattr(core, "open", lambda *a: Full(open(*a), 1000), raising=False)
+    with pytest.raises(UserError, match=r"Could not write .*a\.bin \(No space left on device\); the older file is untouched: free some space"):
+        atomic_write(path, writer)
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["a.bin"]
+
+
+def test_an_error_of_the_writer_is_not_taken_for_a_full_disk(tmp_path):
+    def fails(f): raise RuntimeError("this tensor cannot write itself")
+    with pytest.raises(RuntimeError, match="cannot write itself"): atomic_write(tmp_path / "a.bin", fails)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_killed_processes_left_is_cleared_and_what_running_ones_write_stays(tmp_path):
+    mine = core.temporary_name(tmp_path / "a.bin")
+    dead = mine.with_name(mine.name.replace(str(os.getpid()), str(2**22 + 1)))
+    for path in (mine, dead): path.write_text("")
+    core.clear_temporaries(tmp_path)
+    assert mine.exists() and not dead.exists()
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    (b"{", "is no readable JSON"), (b"[1e999]", "no finite number"), (b"[NaN]", "NaN is no number"), (b"[1" + b"0" * 400 + b"]", "too large a number"),
+    (b"[" * 100_000, "nested too deeply"), (b"\xff\xfe", "is no text"),
+])
+def test_json_that_is_none_is_refused_in_one_sentence(tmp_path, text, why):
+    (tmp_path / "card.json").write_bytes(text)
+    with pytest.raises(UserError, match=rf"The card .*card\.json .*{why}.*: train again\."): core.read_json(tmp_path / "card.json", "card", "train again")
+    with pytest.raises(UserError, match="There is no card"): core.read_json(tmp_path / "none.json", "card")
+
+
+class Shape:
+    @core.checked
+    def __init__(self, net, *, weight: core.NonNegative = 1.0, n: core.Count = 2, kind: Literal["weak", "strong"] = "weak", size: int | None = None,
+                 mirror: bool = True):
+        self.weight, self.n, self.kind, self.size, self.mirror = weight, n, kind, size, mirror
+
+
+class Square(Shape):
+    @core.checked
+    def __init__(self, net, *, part: core.Fraction = 0.5, **shape):
+        super().__init__(net, **shape)
+        self.part = part
+
+
+@pytest.mark.parametrize(("setting", "said"), [
+    (dict(part=80), "part is 80, but it should be between 0 and 1"), (dict(part=float("nan")), "part is nan"), (dict(weight=-1), "weight is -1, but it should be at least 0"),
+    (dict(n=0), "n is 0, but it should be a whole number at least 1|n is 0, but it should be at least 1"), (dict(n=1.5), "n is 1.5, but it should be a whole number"),
+    (dict(n=True), "n is True, but"), (dict(kind="wek"), r"kind 'wek' is not known \(did you mean 'weak'\?\)"), (dict(mirror=1), "mirror is 1, but it should be True or False"),
+    (dict(size="large"), "size is 'large', but"), (dict(weight=float("inf")), "weight is inf"), (dict(wieght=1), r"setting of Square 'wieght' is not known \(did you mean 'weight'\?\)"),
+])
+def test_a_setting_that_its_annotation_does_not_allow_is_refused(setting, said):
+    with pytest.raises(UserError, match=said): Square(None, **setting)
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    shape = Square(None, part=np.float32(0.25), n=np.int64(3), weight=2, mirror=np.bool_(False))
+    assert [type(v) for v in (shape.part, shape.n, shape.weight, shape.mirror)] == [float, int, float, bool]
+    assert (shape.part, shape.n, shape.weight, shape.mirror, shape.size) == (0.25, 3, 2.0, False, None)
+
+
+def test_a_frozen_network_can_be_pickled_and_stays_frozen():
+    net = pickle.loads(pickle.dumps(frozen(nn.Sequential(nn.BatchNorm2d(2)))))
+    assert not nn.ModuleList([net]).train()[0][0].training
 
 
 def test_a_folder_that_is_a_file_is_reported(tmp_path):

@@ -5,23 +5,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from semiseg_nb.adversarial import PatchDiscriminator
+from semiseg_nb.catalogue import across, joined, load_across, load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
 from semiseg_nb.cyclegan import (
     CycleGAN,
     Translator,
-    across,
     add_noise,
     constant_then_linear,
     cyclegan,
     image_miou,
-    joined,
-    load_across,
     passing,
     shift_and_flip,
     translation,
 )
-from semiseg_nb.data import Labelled, load_task
+from semiseg_nb.data import Labelled
 from semiseg_nb.engine import evaluate, fit, make_accelerator, optimise, settings
 from semiseg_nb.models import UNet, count_parameters
 from semiseg_nb.supervised import Supervised

@@ -5,23 +5,18 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from semiseg_nb.core import EMA, UserError, seed_everything
-from semiseg_nb.data import load_task
-from semiseg_nb.engine import (
-    Clock,
-    Method,
-    NonFiniteLoss,
-    evaluate,
-    fit,
-    load_weights,
-    make_accelerator,
-    save_weights,
-)
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.checkpoint import fingerprint, read_state, write_state
+from semiseg_nb.clock import Clock
+from semiseg_nb.core import EMA, UserError, frozen, seed_everything
+from semiseg_nb.engine import Method, NonFiniteLoss, evaluate, fit, images_at_once, make_accelerator, settings
 from semiseg_nb.models import UNet
+from semiseg_nb.supervised import Supervised
 from semiseg_nb.uda import UDA
 
 
@@ -51,9 +46,9 @@ class Broken(UDA):
 
     def updates(self, lab, unl, clock):
         if clock.step == self._at and self._do: self._do()
-        for name, losses in super().updates(lab, unl, clock):
+        for name, losses, *more in super().updates(lab, unl, clock):
             if clock.step == self._at and not self._do: losses["consistency"] = losses["consistency"] + float("nan")
-            yield name, losses
+            yield name, losses, *more
 
 
 def broken(task, at=7, do=None):
@@ -73,7 +68,7 @@ def test_resume_after_a_kill_is_bit_exact(task, tmp_path):
         import os, signal, sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from test_engine import broken, quiet
-        from semiseg_nb.data import load_task
+        from semiseg_nb.catalogue import load_task
         task = load_task("scenes", n_labelled=6, size=32)
         method = broken(task, at=8, do=lambda: os.kill(os.getpid(), signal.SIGKILL))
         quiet(method, task, 12, out_dir={str(tmp_path)!r}, checkpoint_every=5)
@@ -86,7 +81,7 @@ def test_resume_after_a_kill_is_bit_exact(task, tmp_path):
     torch.rand(100)                      # whatever happened to the global random state in between
     run = quiet(resumed, task, 12, out_dir=tmp_path, checkpoint_every=5)
     assert same(whole, resumed)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state = read_state(tmp_path / "checkpoint.pt")
     assert state["step"] == 12 and run.images == 12 * 8
     for (ka, va), (kb, vb) in zip(whole.optimisers["net"].state_dict()["state"].items(), resumed.optimisers["net"].state_dict()["state"].items()):
         assert ka == kb and all(torch.equal(va[n], vb[n]) for n in va)
@@ -108,15 +103,15 @@ def test_a_run_does_not_go_on_with_another_setting_that_is_no_attribute(task, tm
 
 def test_a_checkpoint_that_does_not_know_a_setting_is_refused(task, tmp_path):
     quiet(small(task), task, 2, out_dir=tmp_path)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    del state["settings"]["strength"]
-    torch.save(state, tmp_path / "checkpoint.pt")
+    state = read_state(tmp_path / "checkpoint.pt")
+    del state["identity"]["strength"]
+    write_state(tmp_path / "checkpoint.pt", state)
     with pytest.raises(UserError, match="strength = None, but this one has strength = 0.5"): quiet(small(task), task, 2, out_dir=tmp_path)
 
 
 def test_a_run_does_not_go_on_with_another_network(task, tmp_path):
     quiet(small(task), task, 2, out_dir=tmp_path)
-    with pytest.raises(UserError, match="holds other networks than this run"):
+    with pytest.raises(UserError, match="hash|initial weights|other networks"):
         quiet(UDA(UNet(task.n_classes, width=4), task), task, 2, out_dir=tmp_path)
 
 
@@ -132,7 +127,7 @@ def test_an_interrupted_run_says_where_it_can_go_on(task, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_good_checkpoint(task, tmp_path):
     with pytest.raises(NonFiniteLoss, match=r"'consistency' became nan at step 7; the last good checkpoint is step 5"):
         quiet(broken(task), task, 12, out_dir=tmp_path, checkpoint_every=5)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state = read_state(tmp_path / "checkpoint.pt")
     assert state["step"] == 5 and all(torch.isfinite(v).all() for v in state["method"].values() if v.is_floating_point())
 
 
@@ -165,7 +160,7 @@ def test_the_checkpoint_of_another_run_or_a_truncated_one_is_refused(task, tmp_p
         quiet(small(task, threshold=0.9), task, 4, out_dir=tmp_path)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="is not a whole checkpoint"): quiet(small(task), task, 4, out_dir=tmp_path)
+    with pytest.raises(UserError, match="is no whole checkpoint"): quiet(small(task), task, 4, out_dir=tmp_path)
 
 
 @pytest.mark.parametrize("kwargs, text", [
@@ -236,15 +231,6 @@ def test_evaluate_scores_a_perfect_and_a_constant_prediction(task):
     assert scores["miou"] == pytest.approx(1) and scores["pixel_accuracy"] == pytest.approx(1) and scores["ece"] < 1e-3
 
 
-def test_weights_round_trip_and_a_wrong_file(task, tmp_path):
-    net = UNet(5, width=4)
-    path = save_weights(net, tmp_path / "unet", {"model": "unet"})
-    other = UNet(5, width=4)
-    assert load_weights(other, path) == {"model": "unet"} and same(net, other)
-    with pytest.raises(UserError, match="does not fit this network"): load_weights(UNet(5, width=6), path)
-    with pytest.raises(UserError, match="There is no weights file"): load_weights(net, tmp_path / "none.safetensors")
-
-
 def test_clock_draws_are_functions_of_seed_stream_and_step():
     def draw(*a): return torch.rand(3, generator=Clock(*a).rng("labelled"))
     assert torch.equal(draw(5, 10, 0), draw(5, 99, 0)) and not torch.equal(draw(5, 10, 0), draw(6, 10, 0))
@@ -255,7 +241,7 @@ def test_schedule_reaches_the_optimiser(task):
         def lr_factor(self, clock): return 0.5
     method = Half(small(task).net, task, lr=0.01)
     run = quiet(method, task, 2)
-    assert method.optimisers["net"].param_groups[0]["lr"] == pytest.approx(0.005) and run.history[-1]["lr"] == pytest.approx(0.005)
+    assert run.history[-1]["lr"] == pytest.approx(0.005) and method.optimisers["net"].param_groups[0]["lr"] == 0.01
 
 
 PROCESSES = """
@@ -263,8 +249,8 @@ import sys
 import torch
 from torch import nn
 from semiseg_nb.augment import flip_crop
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import fit, make_accelerator
 from semiseg_nb.uda import UDA
 
@@ -307,3 +293,214 @@ def test_the_average_follows_the_step_of_the_engine(task):
 def test_one_accelerator_is_enough(task):
     accelerator = make_accelerator()
     assert accelerator.num_processes == 1 and accelerator.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---------------------------------------------------------------- what the user sets is honoured or refused
+
+def baseline(task, **kwargs):
+    seed_everything(0)
+    return Supervised(UNet(task.n_classes, width=4), task, **kwargs)
+
+
+@pytest.mark.parametrize("freeze", [lambda m: m.requires_grad_(False), frozen], ids=["requires_grad", "frozen"])
+def test_frozen_parameters_stay_and_the_others_move(task, freeze):
+    method = baseline(task)
+    freeze(method.net.down)
+    still, moving = fingerprint(dict(method.net.down.named_parameters())), fingerprint(method.net.head)
+    quiet(method, task, 3)
+    assert fingerprint(dict(method.net.down.named_parameters())) == still and fingerprint(method.net.head) != moving
+
+
+def test_a_network_that_is_wholly_frozen_is_refused(task):
+    method = baseline(task)
+    method.net.requires_grad_(False)
+    with pytest.raises(UserError, match="Every parameter of optimiser 'net' is frozen"): quiet(method, task, 3)
+
+
+def test_batch_norm_in_eval_mode_keeps_its_averages_in_every_later_fit(task):
+    method = baseline(task)
+    norm = next(m for m in method.net.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.eval()
+    before = norm.running_mean.clone()
+    for _ in range(2): quiet(method, task, 3)
+    others = [m for m in method.net.modules() if isinstance(m, nn.BatchNorm2d) and m is not norm]
+    assert torch.equal(norm.running_mean, before) and all(m.running_mean.abs().sum() > 0 for m in others)
+
+
+def test_a_learning_rate_changed_between_two_calls_is_used(task):
+    method = baseline(task, lr=1e-2)
+    assert quiet(method, task, 4).history[0]["lr"] == 1e-2
+    for group in method.optimisers["net"].param_groups: group["lr"] = 1e-5
+    assert quiet(method, task, 4).history[0]["lr"] == 1e-5
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_learning_rate_that_is_none_is_refused_wherever_it_is_set(task, lr):
+    with pytest.raises(UserError, match="lr is"): baseline(task, lr=lr)
+    method = baseline(task)
+    method.optimisers["net"].param_groups[0]["lr"] = lr
+    with pytest.raises(UserError, match="learning rate of optimiser 'net'"): quiet(method, task, 4)
+
+
+@pytest.mark.parametrize("seed", [-1, None, 1.5, "one"])
+def test_a_seed_is_a_whole_number(task, seed):
+    with pytest.raises(UserError, match="seed is"): quiet(baseline(task), task, 2, seed=seed)
+
+
+OWN = """
+import torch
+from accelerate import Accelerator
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.core import UserError
+from semiseg_nb.engine import evaluate, fit
+from semiseg_nb.models import UNet
+from semiseg_nb.supervised import Supervised
+task = load_task("scenes", n_labelled=4, size=32)
+method = Supervised(UNet(task.n_classes, width=4), task)
+try: fit(method, task, 2, 2, progress=False, accelerator=Accelerator(cpu=True, gradient_accumulation_steps=4, mixed_precision="bf16"))
+except UserError as e: print(e)
+fit(method, task, 2, 2, progress=False, accelerator=Accelerator(cpu=True, mixed_precision="bf16"))
+print(round(evaluate(method, task.val)["miou"], 3) >= 0, method.accelerator.mixed_precision)
+"""
+
+
+def test_an_accelerator_of_ones_own_is_used_everywhere_and_accumulation_refused():
+    done = subprocess.run([sys.executable, "-c", OWN], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "accumulates gradients over 4 batches" in done.stdout and done.stdout.endswith("True bf16\n")
+
+
+# ---------------------------------------------------------------- nothing is lost
+
+def test_the_checkpoint_is_written_before_anything_that_can_fail(task, tmp_path):
+    def probe(method): raise MemoryError("validation ran out of memory")
+    method = baseline(task)
+    with pytest.raises(MemoryError): quiet(method, task, 4, eval_on=task.val, probe=probe, out_dir=tmp_path)
+    assert read_state(tmp_path / "checkpoint.pt")["step"] == 4
+    run = quiet(baseline(task), task, 4, eval_on=task.val, out_dir=tmp_path)            # the evaluation that is missing is made up for
+    assert "miou" in run.history[-1] and "miou" in read_state(tmp_path / "checkpoint.pt")["run"]["history"][-1]
+
+
+def test_what_is_written_can_be_read_back(task, tmp_path):
+    for _ in range(2):
+        run = quiet(baseline(task, lr=np.float64(1e-3)), task, 4, eval_on=task.val, out_dir=tmp_path, probe=lambda m: {"dice": np.mean([.1, .3])})
+    assert run.history[-1]["dice"] == pytest.approx(.2)
+
+
+def test_a_method_can_be_pickled_after_training(task, tmp_path):
+    method = baseline(task)
+    quiet(method, task, 2)
+    torch.save(method, tmp_path / "method.pt")
+    again = torch.load(tmp_path / "method.pt", weights_only=False)
+    assert same(method, again) and settings(again) == settings(method) and not again.train().ema.net.training
+    quiet(again, task, 2)
+
+
+def test_an_out_dir_that_cannot_be_written_stops_before_the_first_step(task, tmp_path):
+    (tmp_path / "file").write_text("")
+    method = baseline(task)
+    before = fingerprint(method)
+    for folder in (tmp_path / "file", tmp_path / "file" / "sub", "/proc/none"):
+        with pytest.raises(UserError, match="Could not write .*choose"): quiet(method, task, 2, out_dir=folder)
+    assert fingerprint(method) == before
+
+
+def test_stale_temporary_files_are_cleared_and_an_interrupt_leaves_none(task, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs): raise KeyboardInterrupt
+    quiet(baseline(task), task, 2, out_dir=tmp_path)
+    import semiseg_nb.checkpoint
+    monkeypatch.setattr(semiseg_nb.checkpoint.torch, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt): quiet(baseline(task), task, 4, out_dir=tmp_path, resume=False)
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+# ---------------------------------------------------------------- whose checkpoint it is
+
+@pytest.mark.parametrize(("change", "said"), [
+    (dict(clip=1.0), "clip = None, but this one has clip = 1.0"), (dict(batch_size=2), "batch_size = 4"), (dict(parents=("abc",)), "parents"),
+])
+def test_what_changes_the_numbers_is_another_run(task, tmp_path, change, said):
+    quiet(baseline(task), task, 4, out_dir=tmp_path)
+    with pytest.raises(UserError, match=said): quiet(baseline(task), task, 4, out_dir=tmp_path, **change)
+
+
+def test_other_initial_weights_and_frozen_parts_are_another_run(task, tmp_path):
+    quiet(baseline(task), task, 4, out_dir=tmp_path)
+    seed_everything(1)
+    other = Supervised(UNet(task.n_classes, width=4), task)
+    with pytest.raises(UserError, match="initial weights"): quiet(other, task, 4, out_dir=tmp_path)
+    still = baseline(task)
+    still.net.down.requires_grad_(False)
+    with pytest.raises(UserError, match="frozen"): quiet(still, task, 4, out_dir=tmp_path)
+
+
+def test_the_same_object_may_go_on_after_an_interrupt_and_be_run_again_when_it_is_finished(task, tmp_path):
+    def interrupt(): raise KeyboardInterrupt
+    method = broken(task, do=interrupt)
+    with pytest.raises(KeyboardInterrupt): quiet(method, task, 12, out_dir=tmp_path, checkpoint_every=5)
+    method._at = -1
+    quiet(method, task, 12, out_dir=tmp_path, checkpoint_every=5)
+    done = fingerprint(method)
+    quiet(method, task, 12, out_dir=tmp_path, checkpoint_every=5)
+    assert fingerprint(method) == done
+
+
+def test_a_checkpoint_is_never_replaced_without_a_word(task, tmp_path, capsys):
+    quiet(baseline(task), task, 4, out_dir=tmp_path)
+    quiet(baseline(task, lr=1e-3), task, 4, out_dir=tmp_path, resume=False)
+    assert "of another run (lr = 0.002, but this one has lr = 0.001) will be replaced" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda s: s.pop("rng"), "lacks 'rng'"), (lambda s: s.update(step=99), "is at step 99, outside of this run of 4"), (lambda s: s.update(step=-1), "is at step -1"),
+    (lambda s: s.update(step="4"), "lacks 'step'"), (lambda s: s["run"].pop("history"), "lacks 'history'"), (lambda s: s["run"].update(history=[3]), "no history"),
+    (lambda s: s.update(rng=[]), "random states of 0 processes"), (lambda s: s.update(rng=[{"torch": 1}]), "other networks"),
+    (lambda s: s["optimisers"].clear(), "other networks"), (lambda s: s["method"].clear(), "other networks"),
+])
+def test_a_checkpoint_that_lacks_something_is_refused_in_one_sentence(task, tmp_path, change, said):
+    quiet(baseline(task), task, 4, out_dir=tmp_path)
+    state = read_state(tmp_path / "checkpoint.pt")
+    change(state)
+    write_state(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(UserError, match=said): quiet(baseline(task), task, 4, out_dir=tmp_path)
+
+
+def test_an_optimiser_whose_memory_is_infinite_stops_the_run(task):
+    class Huge(Supervised):
+        def updates(self, lab, unl, clock):
+            for name, losses in super().updates(lab, unl, clock): yield name, {"supervised": losses["supervised"] * 1e25}
+    with pytest.raises(NonFiniteLoss, match="exp_avg_sq of .* is not finite"): quiet(Huge(baseline(task).net, task), task, 4)
+
+
+def test_evaluation_takes_as_many_images_as_fit_into_memory():
+    assert images_at_once((64, 64), 6) == 32 and images_at_once((512, 1024), 19) == 3 and images_at_once((4096, 4096), 200) == 1
+
+
+SMALL_VAL = """
+import sys
+from dataclasses import replace
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.core import seed_everything
+from semiseg_nb.data import Labelled
+from semiseg_nb.engine import evaluate, fit, make_accelerator
+from semiseg_nb.models import UNet
+from semiseg_nb.supervised import Supervised
+task = load_task("scenes", n_labelled=4, size=32)
+few = Labelled(task.val.ids[:3], task.val.images[:3], task.val.masks[:3], task.n_classes)
+accelerator = make_accelerator("cpu")
+seed_everything(0)
+method = Supervised(UNet(task.n_classes, width=4), task)
+print("miou", evaluate(method, few, accelerator=accelerator)["miou"], flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_a_validation_batch_joins(tmp_path):
+    script = tmp_path / "small.py"
+    script.write_text(SMALL_VAL)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    done = [subprocess.run([*start, str(script)], env=env, capture_output=True, text=True, timeout=200) for start in ([sys.executable], torchrun)]
+    assert not done[1].returncode, done[1].stderr[-2000:]
+    scores = [line.split()[1] for d in done for line in d.stdout.splitlines() if line.startswith("miou")]
+    assert len(scores) == 3 and len(set(scores)) == 1

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from semiseg_nb.adversarial import straight_through
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import fit, make_accelerator, optimise, settings
 from semiseg_nb.losses import one_hot
 from semiseg_nb.mask_cycle import MaskCycle, known_l1

@@ -9,9 +9,10 @@ from torch import nn
 
 from semiseg_nb import out_of_domain
 from semiseg_nb.augment import PHOTO, Policy, Slot
+from semiseg_nb.catalogue import load_split, load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
-from semiseg_nb.data import Labelled, load_split, load_task
+from semiseg_nb.data import Labelled
 from semiseg_nb.engine import evaluate
 from semiseg_nb.models import UNet
 from semiseg_nb.out_of_domain import (

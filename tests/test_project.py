@@ -24,17 +24,18 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 FLOORS = {
     0: ["core"],
     1: ["scenes", "data", "augment", "models", "losses", "metrics", "viz"],
-    2: ["clock", "engine", "records"],
-    3: ["supervised", "adversarial"],  # the baseline, and pieces that several methods share
+    2: ["folders", "catalogue", "clock", "checkpoint", "engine", "records"],
+    3: ["supervised", "adversarial", "bank"],  # the baseline, and pieces that several methods share
     4: ["uda", "temporal", "cct", "unimatch", "advsemiseg", "guidedmix", "stylegan2", "cyclegan"],
     5: ["continuation", "semanticgan", "mask_cycle", "phases"],  # each goes on from methods of the floor below
-    6: ["out_of_domain", "leaderboard"],  # they compare the methods
+    6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
+    7: ["checks", "command"],  # what people do with all of it
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
-    ("data", "scenes"),  # scenes are one of the data sets
+    ("catalogue", "folders"),  # a folder of one's own is one of the data sets
     ("records", "engine"),  # a record is made from a run
-    ("engine", "clock"),  # the loop hands every step its clock
+    ("engine", "clock"), ("engine", "checkpoint"),  # the loop hands every step its clock, and saves
 }
 IMPORT_NAMES = {"pillow": "PIL", "segmentation-models-pytorch": "segmentation_models_pytorch", "huggingface-hub": "huggingface_hub"}
 LAZY = {"viz": {"IPython", "ipywidgets"}}  # imported inside the function that shows sliders; `import semiseg_nb.viz` needs neither

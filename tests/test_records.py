@@ -6,20 +6,10 @@ import sys
 
 import pytest
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import Run
-from semiseg_nb.records import (
-    commit,
-    identity,
-    main,
-    make_record,
-    profile_of,
-    read_records,
-    thin,
-    what_is_wrong,
-    write_record,
-)
+from semiseg_nb.records import commit, identity, main, make_record, profile_of, read_records, thin, what_is_wrong, write_record
 
 RESULT = {"miou": 0.61, "iou_per_class": [0.9, 0.5, float("nan"), 0.4, 0.6], "pixel_accuracy": 0.8, "ece": 0.05}
 
@@ -36,7 +26,7 @@ def record(task, seed=0, method="uda", steps=900, **params):
 def test_a_record_has_every_field_of_the_design(task):
     r = record(task)
     assert what_is_wrong(r) is None
-    assert {"schema", "method", "profile", "seed", "model", "encoder", "pretrained", "dataset", "params", "result", "curve", "seconds",
+    assert {"schema", "method", "title", "profile", "seed", "model", "encoder", "pretrained", "dataset", "params", "result", "curve", "seconds",
             "images_per_second", "device", "peak_memory_mb", "versions", "commit", "created"} == r.keys()
     assert r["dataset"].keys() >= {"name", "n_classes", "split_id", "n_labelled", "n_unlabelled", "n_val", "size"}
 
@@ -62,8 +52,9 @@ def test_profile_is_derived(dataset, steps, profile): assert profile_of(dataset,
 
 
 @pytest.mark.parametrize("change, reason", [
-    ({"schema": 2}, "schema 2"), ({"method": "magic"}, "method 'magic'"), ({"profile": "great"}, "profile 'great'"), ({"seed": "0"}, "field 'seed'"),
-    ({"result": {"miou": 61.0}}, "miou 61.0 is not a fraction"), ({"result": {}}, "miou None"), ({"dataset": {}}, "dataset lacks 'name'"),
+    ({"schema": 2}, "schema 2"), ({"method": "ma gic"}, "method 'ma gic' is not a name"), ({"profile": "great"}, "profile 'great'"), ({"seed": "0"}, "field 'seed'"),
+    ({"result": {"miou": 61.0}}, "miou 61.0 is not a fraction"), ({"result": {}}, "miou None"), ({"dataset": {}}, "dataset lacks 'name'"), ({"encoder": 3}, "field 'encoder'"), ({"seconds": float("inf")}, "field 'seconds'"), ({"curve": [3]}, "row without a step"),
+    ({"title": []}, "field 'title'"), ({"params": {}}, "params lack the steps"),
 ])
 def test_strangers_are_refused_with_a_reason(task, tmp_path, change, reason):
     bad = record(task) | change
@@ -71,8 +62,10 @@ def test_strangers_are_refused_with_a_reason(task, tmp_path, change, reason):
     (tmp_path / "scenes-6").mkdir()
     (tmp_path / "scenes-6" / "bad.json").write_text(json.dumps(bad))
     (tmp_path / "scenes-6" / "torn.json").write_text('{"schema": 1')
+    (tmp_path / "scenes-6" / "deep.json").write_text("[" * 50_000)
+    (tmp_path / "scenes-6" / "huge.json").write_text('{"seed": 1' + "0" * 400 + "}")
     records, refused = read_records(tmp_path)
-    assert not records and refused.keys() == {"scenes-6/bad.json", "scenes-6/torn.json"} and "readable JSON" in refused["scenes-6/torn.json"]
+    assert not records and refused.keys() == {f"scenes-6/{name}.json" for name in ("bad", "deep", "huge", "torn")} and "readable JSON" in refused["scenes-6/torn.json"]
     with pytest.raises(UserError, match="cannot be written"): write_record(bad, tmp_path)
 
 
@@ -89,7 +82,7 @@ def test_a_full_disk_while_writing_a_record(task, tmp_path):
 import resource, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_records import record, write_record
-from semiseg_nb.data import load_task
+from semiseg_nb.catalogue import load_task
 r = record(load_task("scenes", n_labelled=6, size=32))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))

@@ -15,9 +15,12 @@ from helpers import NoMask
 from torch import nn
 
 from semiseg_nb import semanticgan
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.checkpoint import save_weights
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, frozen, generator, seed_everything
-from semiseg_nb.data import Images, Labelled, Task, load_task
-from semiseg_nb.engine import Clock, evaluate, fit, save_weights
+from semiseg_nb.data import Images, Labelled, Task
+from semiseg_nb.engine import evaluate, fit
 from semiseg_nb.records import settings_of
 from semiseg_nb.semanticgan import (
     Encoder,

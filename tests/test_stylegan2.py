@@ -15,9 +15,10 @@ from helpers import NoMask
 from torch import nn
 
 from semiseg_nb import stylegan2
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
-from semiseg_nb.data import load_task
-from semiseg_nb.engine import Clock, evaluate, fit, make_accelerator, optimise, prepare
+from semiseg_nb.engine import evaluate, fit, make_accelerator, optimise, prepare
 from semiseg_nb.stylegan2 import (
     FILTER,
     Ada,

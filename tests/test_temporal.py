@@ -11,29 +11,17 @@ import torch
 from torch import nn
 
 from semiseg_nb.augment import flip_crop, identity
+from semiseg_nb.bank import PredictionBank, TwoPlaces, bank_bytes, row_layout
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import EMA, UserError, generator, seed_everything
-from semiseg_nb.data import load_task
-from semiseg_nb.engine import Clock, fit
+from semiseg_nb.engine import fit
+from semiseg_nb.guidedmix import decode, pooled
 from semiseg_nb.losses import consistency, cross_entropy
 from semiseg_nb.models import UNet
+from semiseg_nb.phases import pack, unpack
 from semiseg_nb.supervised import Supervised, view
-from semiseg_nb.temporal import (
-    MeanTeacher,
-    PredictionBank,
-    TemporalEnsembling,
-    TwoPlaces,
-    averaged,
-    bank_bytes,
-    decode,
-    encode,
-    last_of_each,
-    pack,
-    pooled,
-    row_layout,
-    temporal_weight,
-    unbiased,
-    unpack,
-)
+from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling, averaged, encode, last_of_each, temporal_weight, unbiased
 
 STORAGE = {"float32": {"dtype": "float32"}, "float16": {}, "uint8": {"dtype": "uint8"}, "stride 2": {"stride": 2}, "top 2": {"topk": 2},
            "top 2, stride 4, uint8": {"dtype": "uint8", "stride": 4, "topk": 2}, "ram": {"place": "ram"}}
@@ -606,8 +594,8 @@ import sys
 import torch
 from torch import nn
 from semiseg_nb.augment import flip_crop
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import seed_everything
-from semiseg_nb.data import load_task
 from semiseg_nb.engine import fit, make_accelerator
 from semiseg_nb.temporal import TemporalEnsembling
 

@@ -7,13 +7,16 @@ import torch
 from torch import nn
 
 from semiseg_nb.augment import flip_crop, identity, partner, randaugment
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
-from semiseg_nb.data import load_task
-from semiseg_nb.engine import Clock, fit
+from semiseg_nb.engine import fit, settings
 from semiseg_nb.losses import confident, consistency, cross_entropy
 from semiseg_nb.models import UNet
 from semiseg_nb.supervised import Supervised
-from semiseg_nb.uda import UDA, annealed_labels, follow, sharpen, tsa_threshold
+from semiseg_nb.uda import UDA, SelfUDA, annealed_labels, follow, sharpen, tsa_threshold
+
+BOTH = [UDA, SelfUDA]
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +35,32 @@ def batch(task, n=4):
             {"image": unl["image"].float() / 255, "index": unl["index"]})
 
 
-def losses_of(method, task, step=50):
-    (name, losses), = list(method.updates(*batch(task), Clock(step, 100)))
-    return losses
+def step_of(method, task, step=50):
+    "Losses and statistics of one step"
+    (name, losses, *statistics), = method.updates(*batch(task), Clock(step, 100))
+    return losses, *statistics
+
+
+def losses_of(method, task, step=50): return step_of(method, task, step)[0]
+
+
+def seen_through(strong, make=UDA):
+    "The same method with another strong view"
+    def made(net, task, **settings):
+        method = make(net, task, **settings)
+        method.strong = strong
+        return method
+    return made
 
 
 def logits(seed=0, c=5): return torch.randn(2, c, 6, 7, generator=generator(seed, "logits"), dtype=torch.float64) * 3
 
 
 # 1
-def test_weight_zero_takes_the_supervised_step_bit_for_bit(task):
-    for views in ("weak", "strong"):
-        base, uda = Supervised(net(task), task, views=views), UDA(net(task), task, weight=0.0, views=views)
+@pytest.mark.parametrize("make", BOTH)
+def test_weight_zero_takes_the_supervised_step_bit_for_bit(task, make):
+    for views, tsa in (("weak", "off"), ("strong", "exp")):
+        base, uda = Supervised(net(task), task, views=views), make(net(task), task, weight=0.0, views=views, tsa=tsa)
         for method in (base, uda): fit(method, task, 8, batch_size=4, seed=3, progress=False, eval_on=False)
         for a, b in ((base.net, uda.net), (base.ema, uda.ema)):
             one, two = a.state_dict(), b.state_dict()
@@ -52,15 +69,15 @@ def test_weight_zero_takes_the_supervised_step_bit_for_bit(task):
 
 def test_weight_zero_draws_the_same_labelled_views_as_any_weight(task):
     "The labelled views of a run do not depend on the unlabelled branch"
-    one, two = UDA(net(task), task, weight=0.0), UDA(net(task), task, weight=1.0, teacher="ema")
+    one, two = UDA(net(task), task, weight=0.0), UDA(net(task), task, weight=1.0)
     one.net.eval(), two.net.eval()
     torch.testing.assert_close(losses_of(one, task)["supervised"], losses_of(two, task)["supervised"])
 
 
 # 2
-@pytest.mark.parametrize("teacher", ["self", "ema"])
-def test_identity_views_and_no_sharpening_give_zero_loss_and_gradient(task, teacher):
-    method = UDA(net(task), task, temperature=1.0, threshold=0.0, mix=0.0, strong=identity(), teacher=teacher).eval()
+@pytest.mark.parametrize("make", BOTH)
+def test_identity_views_and_no_sharpening_give_zero_loss_and_gradient(task, make):
+    method = seen_through(identity(), make)(net(task), task, temperature=1.0, threshold=0.0, mix=0.0).eval()
     loss = losses_of(method, task)["consistency"]
     assert loss < 1e-6
     loss.backward()
@@ -104,8 +121,8 @@ def test_sharpening_keeps_the_winner_and_lowers_the_entropy():
 # 5
 def test_a_threshold_of_one_trusts_nothing_and_stays_finite(task):
     method = UDA(net(task), task, threshold=1.0)
-    losses = losses_of(method, task)
-    assert losses["consistency"] == 0 and method.stats["kept"] == 0
+    losses, statistics = step_of(method, task)
+    assert losses["consistency"] == 0 and statistics["kept"] == 0
     sum(losses.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in method.net.parameters())
 
@@ -119,8 +136,7 @@ def test_the_kept_fraction_falls_with_the_threshold_and_ignores_the_temperature(
         model = net(task, "conv")
         with torch.no_grad(): model.weight.mul_(5)
         method = UDA(model, task, threshold=0.6, temperature=temperature)
-        losses_of(method, task)
-        stats.append(method.stats["kept"])
+        stats.append(step_of(method, task)[1]["kept"])
     assert stats[0] == stats[1] == stats[2] and 0 < stats[0] < 1
 
 
@@ -150,17 +166,19 @@ def test_tsa_hides_what_is_already_believed():
 
 
 def test_tsa_off_and_tsa_linear_at_the_end_are_plain_cross_entropy(task):
-    plain, annealed = (losses_of(UDA(net(task), task, weight=0.0, tsa=t), task, step=100)["supervised"] for t in ("off", "linear"))
-    assert torch.equal(plain, annealed)
+    plain, annealed, early = (losses_of(UDA(net(task), task, tsa=t), task, step)["supervised"] for t, step in (("off", 100), ("linear", 100), ("exp", 0)))
+    assert torch.equal(plain, annealed) and not torch.equal(plain, early)
 
 
 # 8
 def test_a_warped_target_is_aligned_and_a_missing_warp_is_not(task):
     "A 1x1 convolution is exactly equivariant: with the target warped along, nothing is left to disagree about"
     flip = flip_crop(scale=(1, 1), shift=0, flip=1.0)
-    for align, check in ((True, lambda v: v < 1e-6), (False, lambda v: v > 1e-4)):
-        method = UDA(net(task, "conv"), task, temperature=1.0, threshold=0.0, mix=0.0, strong=flip, align=align, teacher="self")
-        assert check(losses_of(method, task)["consistency"]), align
+    class LeftBehind(SelfUDA):
+        def align(self, drawn, target, belief, valid): return target, belief, valid
+    for make, check in ((SelfUDA, lambda v: v < 1e-6), (LeftBehind, lambda v: v > 1e-4)):
+        method = seen_through(flip, make)(net(task, "conv"), task, temperature=1.0, threshold=0.0, mix=0.0)
+        assert check(losses_of(method, task)["consistency"]), make
 
 
 def test_follow_of_a_photometric_view_changes_nothing(task):
@@ -194,11 +212,27 @@ def test_the_weight_ramps_up(task):
     assert losses_of(method, task)["consistency"].item() == pytest.approx(3 * losses_of(once, task)["consistency"].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("kwargs, text", [({"teacher": "mean"}, "teacher 'mean' is not known"), ({"tsa": "cubic"}, "TSA schedule 'cubic' is not known"),
-                                          ({"temperature": 0.0}, "temperature is 0.0"), ({"weight": -1.0}, "weight is -1.0"), ({"mix": 2.0}, "mix is 2.0"),
-                                          ({"views": "hard"}, "views 'hard' is not known")])
+@pytest.mark.parametrize("kwargs, text", [
+    ({"tsa": "cubic"}, "tsa 'cubic' is not known"), ({"temperature": 0.0}, "temperature is 0.0, but it should be more than 0"),
+    ({"weight": -1.0}, "weight is -1.0"), ({"weight": math.nan}, "weight is nan"), ({"mix": 2.0}, "mix is 2.0"), ({"warmup": -0.1}, "warmup is -0.1"),
+    ({"threshold": 80}, "threshold is 80, but it should be between 0 and 1"), ({"views": "hard"}, "views 'hard' is not known"),
+    ({"treshold": 0.5}, r"setting of UDA 'treshold' is not known \(did you mean 'threshold'\?\)")])
 def test_settings_that_make_no_sense_are_refused_before_training(task, kwargs, text):
     with pytest.raises(UserError, match=text): UDA(net(task), task, **kwargs)
+
+
+@pytest.mark.parametrize("make", BOTH)
+def test_settings_are_attributes_of_their_own_names(task, make):
+    chosen = {"weight": 2.0, "threshold": 0.6, "temperature": 0.4, "tsa": "log", "mix": 0.5, "warmup": 0.2, "views": "strong", "n": 1,
+              "strength": 0.3, "lr": 1e-3, "weight_decay": 0.0, "ema_decay": 0.9}
+    assert settings(make(net(task), task, **chosen)) == chosen
+
+
+@pytest.mark.parametrize("make", BOTH)
+def test_a_single_unlabelled_image_is_refused_before_the_first_step_unless_nothing_is_pasted(task, make):
+    def start(**chosen): return fit(make(net(task), task, **chosen), task, 2, batch_size=1, progress=False, eval_on=False)
+    with pytest.raises(UserError, match="A single unlabelled image has no partner for CutMix.*or mix=0"): start()
+    assert start(mix=0.0).history[-1]["step"] == 2
 
 
 def test_unlabelled_truth_never_reaches_a_method(task):
@@ -211,8 +245,8 @@ def test_unlabelled_truth_never_reaches_a_method(task):
     assert all("mask" not in keys for keys in seen) and len(seen) == 3
 
 
-@pytest.mark.parametrize("teacher", ["ema", "self"])
-def test_a_few_steps_lower_the_supervised_loss(task, teacher):
-    method = UDA(net(task), task, teacher=teacher, threshold=0.5, lr=5e-3)
+@pytest.mark.parametrize("make", BOTH)
+def test_a_few_steps_lower_the_supervised_loss(task, make):
+    method = make(net(task), task, threshold=0.5, lr=5e-3)
     run = fit(method, task, 40, batch_size=4, progress=False, eval_on=False)
     assert run.history[-1]["supervised"] < 0.8 * run.history[0]["supervised"] and math.isfinite(run.history[-1]["consistency"])

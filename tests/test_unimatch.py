@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from semiseg_nb.augment import partner
+from semiseg_nb.augment import partner, paste
+from semiseg_nb.catalogue import load_task
+from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
-from semiseg_nb.data import load_task
-from semiseg_nb.engine import Clock, fit
+from semiseg_nb.engine import fit
+from semiseg_nb.engine import settings as settings_of_method
 from semiseg_nb.losses import cross_entropy
 from semiseg_nb.models import UNet, build_model
 from semiseg_nb.supervised import Supervised, view
@@ -18,19 +20,21 @@ from semiseg_nb.unimatch import (
     ClassMix,
     CutMixSeg,
     FixMatch,
+    PlainCPS,
     UniMatch,
     UniMatchV2,
     class_mask,
+    class_regions,
     complementary,
     fresh,
     hard_loss,
     kept,
-    paste,
     pseudo_label,
+    scale_channels,
 )
 
 ONE_NETWORK = [CutMixSeg, ClassMix, FixMatch, UniMatch, UniMatchV2]
-ALL = [*ONE_NETWORK, CPS]
+ALL = [*ONE_NETWORK, CPS, PlainCPS]
 EVERYTHING = {"threshold": 0.2, "warmup": 0.0}      # an untrained network believes nothing above 0.9
 
 
@@ -48,9 +52,11 @@ def batch(task, n=4):
     return {"image": lab["image"].float() / 255, "mask": lab["mask"].long()}, {"image": unl["image"].float() / 255}
 
 
-def updates(method, task, step=50): return dict(method.updates(*batch(task), Clock(step, 100)))
+def updates(method, task, step=50): return {name: losses for name, losses, *_ in method.updates(*batch(task), Clock(step, 100))}
+def first_update(method, task, clock=None): return next(method.updates(*batch(task), clock or Clock(50, 100)))
 def losses_of(method, task, step=50): return updates(method, task, step)["net"]
-def settings(make): return {"warmup": 0.0} if make is CPS else EVERYTHING
+def statistics_of(method, task): return first_update(method, task)[2]
+def settings(make): return {"warmup": 0.0} if issubclass(make, CPS) else EVERYTHING
 def train(method, task, steps=4, **more):
     return fit(method, task, steps, batch_size=4, seed=3, progress=False, eval_on=False, **more)
 
@@ -84,27 +90,27 @@ def test_image_label_confidence_and_valid_are_mixed_with_the_same_mask():
 
 # 2
 @pytest.mark.parametrize("make", [FixMatch, UniMatch, UniMatchV2, CutMixSeg, ClassMix])
-def test_a_threshold_above_one_leaves_the_whole_supervised_gradient(task, make):
+def test_a_threshold_of_one_leaves_the_whole_supervised_gradient(task, make):
     "The paper's step would be half of it: L = (L_x + L_u) / 2. Here the half is dropped"
-    one, two = Supervised(net(task), task), make(net(task), task, threshold=1.5, warmup=0.0)
+    one, two = Supervised(net(task), task), make(net(task), task, threshold=1.0, warmup=0.0)
     for method in (one, two):
         method.net.eval()                                                # so that BatchNorm does not see the other images
         sum(losses_of(method, task).values()).backward()
-    assert sum(v for k, v in losses_of(two, task).items() if k != "supervised") == 0 and two.stats["kept"] == 0
+    assert sum(v for k, v in losses_of(two, task).items() if k != "supervised") == 0 and statistics_of(two, task)["kept"] == 0
     for a, b in zip(one.net.parameters(), two.net.parameters()): torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
 
 
 # 3
 def test_cps_is_symmetric_under_swapping_the_networks(task):
     a, b = net(task, 0), net(task, 1)
-    one, two = updates(CPS(copy.deepcopy(a), task, copy.deepcopy(b)), task), updates(CPS(b, task, a), task)
+    one, two = updates(CPS(copy.deepcopy(a), task, net_b=copy.deepcopy(b)), task), updates(CPS(b, task, net_b=a), task)
     for mine, other in (("net", "net_b"), ("net_b", "net")):
         for (_, x), (_, y) in zip(one[mine].items(), two[other].items()): torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("mix", [0.0, 1.0])
-def test_a_cps_loss_moves_one_network_only(task, mix):
-    method = CPS(net(task), task, mix=mix, warmup=0.0)
+@pytest.mark.parametrize("make", [CPS, PlainCPS])
+def test_a_cps_loss_moves_one_network_only(task, make):
+    method = make(net(task), task, warmup=0.0)
     found = updates(method, task)
     for name, loss, own, other in (("net", "cross", method.net, method.net_b), ("net_b", "cross_b", method.net_b, method.net)):
         found[name][loss].backward()
@@ -113,13 +119,13 @@ def test_a_cps_loss_moves_one_network_only(task, mix):
 
 
 def test_two_identical_networks_give_pure_self_training(task):
-    method = CPS(net(task), task, net(task), mix=0.0, warmup=0.0)
+    method = PlainCPS(net(task), task, net_b=net(task), warmup=0.0)
     found, (lab, unl), clock = updates(method, task), batch(task), Clock(50, 100)
     (x, y), (u, valid) = view(lab, method.policies, clock), method.weak_view(unl["image"], clock)
     z = net(task)(torch.cat([x, u]))
     own = cross_entropy(z, torch.where(torch.cat([y != IGNORE, valid]), z.argmax(1), IGNORE))
     for loss in (found["net"]["cross"], found["net_b"]["cross_b"]): torch.testing.assert_close(loss, own)
-    assert method.stats["disagree"] == 0
+    assert statistics_of(PlainCPS(net(task), task, net_b=net(task), warmup=0.0), task)["disagree"] == 0
 
 
 # 4
@@ -142,12 +148,19 @@ def test_classmix_draws_every_class_and_pastes_nothing_of_a_single_one():
     assert not class_mask(torch.full((3, 2, 2), IGNORE), torch.rand(3, 4)).any()
 
 
-def test_classmix_takes_its_pixels_from_the_partner(task):
-    method, labels = ClassMix(net(task), task), torch.arange(4)[:, None, None].expand(4, 8, 8)
+def test_classmix_takes_its_pixels_from_the_partner():
+    labels = torch.arange(4)[:, None, None].expand(4, 8, 8)
     labels = torch.stack([torch.where(torch.arange(64).view(8, 8) % 2 == 0, y, 6) for y in labels])
-    region = method.regions(labels, 7, Clock(0, 1))
+    region = class_regions(labels, 7, Clock(0, 1))
     for y, r in zip(partner(labels), region):                            # one of two classes: even pixels or odd ones
         assert torch.equal(r, y == y[r][0])
+    assert not class_regions(labels, 7, Clock(0, 1), part=0.0).any()
+
+
+def test_the_regions_of_two_processes_are_those_of_one():
+    labels = torch.randint(0, 5, (4, 6, 7), generator=generator(0, "labels"))
+    halves = [class_regions(labels[2 * r:2 * r + 2], 5, Clock(3, 10, rank=r, world=2)) for r in (0, 1)]
+    assert torch.equal(torch.cat(halves), class_regions(labels, 5, Clock(3, 10)))
 
 
 # 5
@@ -160,35 +173,35 @@ def test_complementary_masks_sum_to_two_and_spare_half_of_the_images(n):
     assert set(first[~spared].unique().tolist()) == {0.0, 2.0}
 
 
-def test_the_mean_of_both_views_is_the_undropped_feature(task):
-    method = UniMatchV2(net(task), task)
+def test_the_mean_of_both_views_is_the_undropped_feature():
     features = [torch.rand(2 + 4, c, 3, 3) for c in (4, 8)]
     features = [torch.cat([f, f[2:]]) for f in features]                 # two labelled images, then the same four twice
-    dropped = method.share_channels(features, 2, Clock(0, 1))
+    dropped = scale_channels(features, torch.cat(complementary(4, 12, generator(0, "drop"))))
     for f, d in zip(features, dropped):
         assert torch.equal(d[:2], f[:2]) and not torch.equal(d[2:6], f[2:6])
         torch.testing.assert_close((d[2:6] + d[6:]) / 2, f[2:6])
 
 
 # 6
-def test_unimatch_with_one_view_and_no_feature_stream_is_fixmatch_bit_for_bit(task):
-    one, two = FixMatch(net(task), task, **EVERYTHING), UniMatch(net(task), task, strong_views=1, feature=0.0, **EVERYTHING)
-    for method in (one, two): train(method, task, 3)
-    assert same(one, two)
+class SecondStream(Clock):
+    "Gives those who ask for the first strong view and its box the second ones"
+    def rng(self, stream): return super().rng(f"{stream} 2" if stream in ("strong", "cutmix") else stream)
 
 
 def test_the_three_streams_of_unimatch_have_the_weights_of_the_paper(task):
-    "1/4, 1/4 and 1/2, against 1 for the labelled images"
-    def at(**kw):
-        method = UniMatch(net(task), task, **EVERYTHING, **kw)
-        method.net.eval()
+    "1/4, 1/4 and 1/2, against 1 for the labelled images; each strong stream alone is FixMatch"
+    def at(make, clock=None, **kw):
+        method = make(net(task), task, **EVERYTHING, **kw)
+        method.net.eval()                                                # or BatchNorm sees other images in FixMatch
         torch.manual_seed(0)
-        return losses_of(method, task)
-    both, one, strong = at(), at(strong_views=1), at(feature=0.0)
-    second = strong["strong"] * 2 - one["strong"] * 2                    # L_s2, from the mean of two without the feature stream
-    torch.testing.assert_close(both["strong"], 0.25 * (2 * one["strong"]) + 0.25 * second)
-    feature = at(feature=1.0)["feature"]
-    torch.testing.assert_close(both["feature"], 0.5 * feature)
+        return first_update(method, task, clock)[1]
+    first, second = (at(FixMatch, clock)["strong"] for clock in (Clock(50, 100), SecondStream(50, 100)))
+    assert not torch.equal(first, second)
+    both, pixels, feature = at(UniMatch), at(UniMatch, feature=0.0), at(UniMatch, feature=1.0)
+    torch.testing.assert_close(both["strong"], 0.25 * first + 0.25 * second)
+    torch.testing.assert_close(pixels["strong"], 0.5 * first + 0.5 * second)
+    torch.testing.assert_close(both["feature"], 0.5 * feature["feature"])
+    assert pixels["feature"] == feature["strong"] == 0
 
 
 def test_the_feature_stream_without_dropout_repeats_the_weak_view(task):
@@ -206,8 +219,9 @@ def test_the_cutmix_seg_loss_is_linear_in_the_confidence_rate(task):
     with torch.no_grad(): model.head.weight.mul_(300)                    # so that beliefs differ
     for threshold in (0.0, 0.4, 0.5):
         method = CutMixSeg(copy.deepcopy(model), task, threshold=threshold, warmup=0.0)
-        ratios.append(losses_of(method, task)["consistency"] / method.stats["kept"])
-        rates.append(method.stats["kept"])
+        _, losses, statistics = first_update(method, task)
+        rates.append(statistics["kept"])
+        ratios.append(losses["consistency"] / rates[-1])
     assert rates[0] == 1 and rates[0] > rates[1] > rates[2] > 0
     torch.testing.assert_close(ratios[0], ratios[1])
     torch.testing.assert_close(ratios[0], ratios[2])
@@ -216,10 +230,20 @@ def test_the_cutmix_seg_loss_is_linear_in_the_confidence_rate(task):
 # 8
 def test_nobody_is_mixed_with_itself_in_odd_and_even_batches(task):
     for n in (2, 3, 4, 5, 7, 8): assert (partner(torch.arange(n)) != torch.arange(n)).all()
-    for make in ALL:
-        with pytest.raises(UserError, match="no partner to paste from: give an unlabelled batch of at least 2"):
-            lab, unl = batch(task)
-            list(make(net(task), task, **settings(make)).updates(lab, {"image": unl["image"][:1]}, Clock(50, 100)))
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_a_single_unlabelled_image_is_refused_before_the_first_step_unless_nothing_is_pasted(task, make):
+    def start(**chosen): return fit(make(net(task), task, **chosen), task, 2, batch_size=1, progress=False, eval_on=False)
+    if make is not PlainCPS:
+        with pytest.raises(UserError, match="A single unlabelled image has no partner for CutMix.*or mix=0"): start()
+    assert start(mix=0.0).history[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_a_network_with_other_classes_is_refused_before_the_first_step(task, make):
+    other = UNet(task.n_classes - 1, width=4)
+    with pytest.raises(UserError, match=f"build it with n_classes={task.n_classes}"): train(make(other, task), task, 2)
 
 
 # pseudo-labels
@@ -257,9 +281,9 @@ def test_weight_zero_takes_the_supervised_step_bit_for_bit(task, make, views):
     assert same(base.net, method.net) and same(base.ema, method.ema)
 
 
-@pytest.mark.parametrize("make, more", [*((m, {}) for m in ALL), (CPS, {"mix": 0.0}), (FixMatch, {"teacher": "ema"}), (CutMixSeg, {"colours": True})])
-def test_resume_is_bit_exact(task, tmp_path, make, more):
-    def method(): return make(net(task), task, **settings(make), **more)
+@pytest.mark.parametrize("make", ALL)
+def test_resume_is_bit_exact(task, tmp_path, make):
+    def method(): return make(net(task), task, **settings(make))
     whole, part, resumed = method(), method(), method()
     train(whole, task, 4)
 
@@ -299,9 +323,8 @@ def test_feature_streams_work_on_library_encoders(task):
     "Whatever maps an encoder gives, and whichever of them the decoder reads"
     model = build_model("deeplabv3plus", task.n_classes, encoder="mobilenetv3_small_050")
     for make in (UniMatch, UniMatchV2):
-        method = make(copy.deepcopy(model), task, threshold=0.0, warmup=0.0)
-        losses = losses_of(method, task)
-        assert all(torch.isfinite(v) and v > 0 for v in losses.values()) and method.stats["kept"] == 1
+        _, losses, statistics = first_update(make(copy.deepcopy(model), task, threshold=0.0, warmup=0.0), task)
+        assert all(torch.isfinite(v) and v > 0 for v in losses.values()) and statistics["kept"] == 1
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -331,7 +354,7 @@ def test_the_second_network_starts_elsewhere_and_reproducibly(task):
     assert same(*seconds) and not any(torch.equal(a, b) for a, b in zip(first.parameters(), seconds[0].parameters()) if a.dim() == 4)
     assert torch.equal(first.mean, seconds[0].mean), "the mean colour is no weight"
     given = net(task, 1)
-    assert CPS(first, task, given).net_b is given
+    assert CPS(first, task, net_b=given).net_b is given
 
 
 def test_a_library_encoder_keeps_its_weights_and_the_rest_is_drawn_anew(task):
@@ -348,16 +371,27 @@ def test_a_network_without_layers_to_draw_anew_needs_a_second_one(task):
             self.w = nn.Parameter(torch.randn(task.n_classes, 3, 1, 1))
         def forward(self, x): return F.conv2d(x, self.w)
     with pytest.raises(UserError, match="Plain has no layer that can be initialised anew: give a second network as net_b"): CPS(Plain(), task)
-    CPS(Plain(), task, Plain())
+    CPS(Plain(), task, net_b=Plain())
 
 
 @pytest.mark.parametrize("make, kwargs, text", [
-    (FixMatch, {"teacher": "mean"}, "teacher 'mean' is not known"), (FixMatch, {"weight": -1.0}, "weight is -1.0"),
-    (ClassMix, {"mix": 2.0}, "mix is 2.0"), (CutMixSeg, {"threshold": -0.1}, "threshold is -0.1"), (UniMatch, {"strong_views": 3}, "strong_views '3' is not known"),
+    (FixMatch, {"teacher": "ema"}, "setting of FixMatch 'teacher' is not known"), (FixMatch, {"weight": -1.0}, "weight is -1.0"),
+    (FixMatch, {"threshold": 80}, "threshold is 80, but it should be between 0 and 1"), (CutMixSeg, {"threshold": -0.1}, "threshold is -0.1"),
+    (ClassMix, {"mix": 2.0}, "mix is 2.0"), (ClassMix, {"weight": float("nan")}, "weight is nan"),
     (UniMatch, {"feature": 1.5}, "feature is 1.5"), (UniMatch, {"drop": -0.5}, "drop is -0.5"), (UniMatchV2, {"warmup": 2.0}, "warmup is 2.0"),
-    (CPS, {"mix": -1.0}, "mix is -1.0"), (CPS, {"weight": -2.0}, "weight is -2.0"), (CutMixSeg, {"views": "hard"}, "views 'hard' is not known")])
+    (CPS, {"mix": -1.0}, "mix is -1.0"), (CPS, {"weight": -2.0}, "weight is -2.0"), (PlainCPS, {"mix": 1.0}, "mix '1.0' is not known: choose one of 0"),
+    (CutMixSeg, {"views": "hard"}, "views 'hard' is not known")])
 def test_settings_that_make_no_sense_are_refused_before_training(task, make, kwargs, text):
     with pytest.raises(UserError, match=text): make(net(task), task, **kwargs)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_settings_are_attributes_of_their_own_names(task, make):
+    chosen = {"weight": 2.0, "warmup": 0.2, "views": "strong", "n": 1, "strength": 0.3, "lr": 1e-3, "weight_decay": 0.0, "ema_decay": 0.9}
+    chosen |= {"mix": 0 if make is PlainCPS else 0.5} | ({"net_b": net(task, 1)} if issubclass(make, CPS) else {"threshold": 0.6})
+    chosen |= {"feature": 0.3, "drop": 0.4} if make is UniMatch else {}
+    assert settings_of_method(make(net(task), task, **chosen)) == chosen
+    assert make.name and make.title and make.paper.startswith("arXiv ")
 
 
 def test_a_few_steps_of_unimatch_lower_the_supervised_loss(task):
