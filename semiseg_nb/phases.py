@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['dice_loss', 'signed', 'unsigned', 'with_mask', 'patch_critic', 'Pairs', 'as_bytes', 'labelled_losses', 'Phase1',
            'best_rows', 'Styled', 'Renderer', 'StyleEncoder', 'Phase2', 'warps', 'warp_masks', 'recombine', 'styles_of',
-           'paint_pairs', 'own_labels', 'without_contradiction', 'round_trip', 'Phase3', 'phases']
+           'paint_pairs', 'own_labels', 'without_contradiction', 'round_trip', 'Phase3', 'known_names', 'with_weights',
+           'phases']
 
 # %% ../nbs/43_phases.ipynb #imports
 import copy
@@ -491,6 +492,22 @@ class Phase3(Phase1):
             yield "critic", {"critic": hinge(self.D_m(real), self.D_m(made.detach()))}
         self.ema.update(self.net)
 
+# %% ../nbs/43_phases.ipynb #recipe-parts
+def known_names(chosen: Mapping) -> None:  # class -> its settings
+    "Raise `UserError` for a setting that a class does not have, before anything is trained"
+    for cls, names in chosen.items():
+        for name in names: one_of(name, defaults_of(cls), f"setting of {cls.__name__}")
+
+
+def with_weights(
+    blank: nn.Module,  # stays as it is
+    weights: nn.Module,  # of the same kind
+) -> nn.Module:  # a copy of the first with the weights of the second, free to move
+    "A network that starts where another, frozen one has ended"
+    net = copy.deepcopy(blank)
+    net.load_state_dict(weights.state_dict())
+    return net
+
 # %% ../nbs/43_phases.ipynb #recipe
 @recipe("phases", "SemGAN in three phases")
 @checked
@@ -516,14 +533,8 @@ def phases(
 ):
     "G1 alone; pairs from CycleGAN; G2 through a G1 that stands still; G1 again with all of it"
     if len(parts) != 4: raise UserError(f"parts is {parts}, but there are four phases, 0 to 3: give four numbers.")
-    chosen = {CycleGAN: gan, Phase1: {**labelled, **first}, Phase2: second, Phase3: {**labelled, **third}}
-    for cls, names in chosen.items():
-        for name in names: one_of(name, defaults_of(cls), f"setting of {cls.__name__}")
+    known_names({CycleGAN: gan, Phase1: {**labelled, **first}, Phase2: second, Phase3: {**labelled, **third}})
     blank, count = copy.deepcopy(net), [max(1, round(part * steps)) for part in parts]
-    def start_from(weights):  # a first generator with these weights, free to move
-        G1 = copy.deepcopy(blank)
-        G1.load_state_dict(weights.state_dict())
-        return G1
     one = yield Stage("phase1", Phase1(net, task, **{**labelled, **first}), count[1])
     partners, S = {} if painting else {"cycle": 0.0}, None
     if translation:
@@ -533,12 +544,12 @@ def phases(
     for end in ("", *(f"-round{r}" for r in range(2, rounds + 1))):
         G1, D_m = one.ema.net, one.D_m
         if painting:
-            two = (painter_class or Phase2)(task, start_from(G1), D_m=D_m, S=S, **second)
+            two = (painter_class or Phase2)(task, with_weights(blank, G1), D_m=D_m, S=S, **second)
             two = yield Stage(f"phase2{end}", two, count[2])
             G1, D_m, styles = two.G1, two.D_m, styles_of(two.E_s, task.unlabelled)
             S2 = paint_pairs(two.G2, task.labelled, n_painted, torch.initial_seed(), styles)
             partners = {"G2": two.G2, "E_s": two.E_s, "S2": S2}
-        start = copy.deepcopy(blank) if scratch else start_from(G1)
+        start = copy.deepcopy(blank) if scratch else with_weights(blank, G1)
         three = (final_class or Phase3)(start, task, D_m=D_m, S=S, **{**partners, **labelled, **third})
         one = yield Stage(f"phase3{end}", three, count[3], scored=True)
     return one
