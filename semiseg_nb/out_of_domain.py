@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .augment import PHOTO, Policy, flip_crop, randaugment
-from .catalogue import PORTRAITS, SCENES, load_split, portraits
+from .catalogue import load_split
 from .core import Fraction, UserError, Whole, checked, in_range, one_of
 from .data import Images, Labelled, Task, one_pass
 from .engine import evaluate
@@ -51,12 +51,10 @@ def styled(
     n: Whole | None = None,  # only the first n
 ) -> Labelled:
     "A split of generated images in a style: the same layouts and masks, whatever the style"
-    one_of(split, SCENES if one_of(dataset, PAIRED, "dataset") == "scenes" else PORTRAITS, "split")
+    one_of(dataset, PAIRED, "dataset")
     one_of(style, STYLES, "style")
     side = size if isinstance(size, int) else size[0]
-    if dataset == "scenes": found = load_split("scenes", split=split, size=side, style=style, strength=strength)
-    else: found = portraits(split, side, style, float(strength))
-    return first(found, n)
+    return first(load_split(dataset, split=split, size=side, style=style, strength=strength), n)
 
 # %% ../nbs/44_out_of_domain.ipynb #shifts
 def shifts(

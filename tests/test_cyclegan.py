@@ -5,24 +5,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from semiseg_nb.adversarial import PatchDiscriminator
-from semiseg_nb.catalogue import load_task
+from semiseg_nb.catalogue import across, load_across, load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
 from semiseg_nb.cyclegan import (
     CycleGAN,
     Translator,
-    across,
     add_noise,
     constant_then_linear,
     cyclegan,
     image_miou,
-    joined,
-    load_across,
     passing,
     shift_and_flip,
     translation,
 )
-from semiseg_nb.data import Labelled
 from semiseg_nb.engine import evaluate, fit, make_accelerator, optimise, settings
 from semiseg_nb.models import UNet, count_parameters
 from semiseg_nb.supervised import Supervised
@@ -241,24 +237,6 @@ def test_two_processes_share_one_draw():
     x = rand(4, 3, 8, 8)
     parts = [shift_and_flip(x[2 * r:2 * r + 2], Clock(0, 1, rank=r, world=2), "s") for r in (0, 1)]
     assert torch.equal(torch.cat(parts), shift_and_flip(x, Clock(0, 1), "s"))
-
-
-def test_a_task_across_takes_masks_from_one_side_only(both):
-    source, task = both
-    assert task.labelled is source.labelled and isinstance(task.val, Labelled) and not isinstance(task.unlabelled, Labelled)
-    scene = {i.split("/")[-1] for i in source.labelled.ids}
-    assert not scene & {i.split("/")[-1] for i in task.unlabelled.ids}                     # not even the same layouts
-    assert torch.equal(task.val.masks, source.val.masks) and not torch.equal(task.val.images, source.val.images)
-    two = joined(source.labelled, Labelled(["x"], source.val.images[:1], source.val.masks[:1], source.n_classes))
-    assert len(two) == 7 and torch.equal(two.masks[6], source.val.masks[0])
-
-
-def test_a_target_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UserError, match="style 'photo' at strength 1.0 is the source itself"): load_across(style="photo")
-    with pytest.raises(UserError, match="strength 0 is the source itself"): load_across(style="inverted", strength=0)
-    with pytest.raises(UserError, match="dataset 'voc' is not known.*scenes, folder"): load_across("voc")
-    for split in ("images", "masks"): (tmp_path / split / "train").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds no training image"): load_across("folder", tmp_path)
 
 
 def test_settings_that_cannot_work_are_refused_before_training(task):

@@ -1,5 +1,4 @@
 "Phases: what is frozen stays bit-identical, what is unlabelled stays unlabelled, and what the recipe hands on"
-import hashlib
 from dataclasses import replace
 
 import pytest
@@ -8,6 +7,7 @@ from helpers import NoMask
 
 from semiseg_nb.adversarial import answer, straight_through
 from semiseg_nb.catalogue import load_task
+from semiseg_nb.checkpoint import fingerprint
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
 from semiseg_nb.cyclegan import CycleGAN
@@ -27,7 +27,6 @@ from semiseg_nb.phases import (
     dice_loss,
     own_labels,
     paint_pairs,
-    pair,
     patch_critic,
     phases,
     recombine,
@@ -36,6 +35,7 @@ from semiseg_nb.phases import (
     unsigned,
     warp_masks,
     warps,
+    with_mask,
     without_contradiction,
 )
 from semiseg_nb.supervised import Supervised
@@ -76,12 +76,6 @@ def batch(task, n=4):
 def net(width=4):
     seed_everything(0)
     return UNet(K, width=width)
-
-
-def fingerprint(net):
-    h = hashlib.sha256()
-    for name, t in sorted(net.state_dict().items()): h.update(name.encode() + t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
 
 
 def some_pairs(task, n=4): return Pairs(task.labelled.images[:n].clone(), task.labelled.masks[:n].clone())
@@ -371,7 +365,7 @@ def test_the_best_rows_are_kept_in_their_order():
 def test_a_critic_that_is_asked_does_not_move(task):
     D, x, m = patch_critic(3 + K), randn(2, 3, 32, 32).requires_grad_(), one_hot(torch.zeros(2, 32, 32, dtype=torch.long), K)
     before = fingerprint(D)
-    answer(D, pair(x, m)).mean().backward()
+    answer(D, with_mask(x, m)).mean().backward()
     assert fingerprint(D) == before and D.training and x.grad.abs().sum() > 0
 
 
