@@ -184,7 +184,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'semiseg_nb.catalogue._further_splits': ('catalogue.html#_further_splits', 'semiseg_nb/catalogue.py'),
                                       'semiseg_nb.catalogue._listed': ('catalogue.html#_listed', 'semiseg_nb/catalogue.py'),
                                       'semiseg_nb.catalogue._masks': ('catalogue.html#_masks', 'semiseg_nb/catalogue.py'),
-                                      'semiseg_nb.catalogue._needs': ('catalogue.html#_needs', 'semiseg_nb/catalogue.py'),
                                       'semiseg_nb.catalogue._one_size': ('catalogue.html#_one_size', 'semiseg_nb/catalogue.py'),
                                       'semiseg_nb.catalogue._opened': ('catalogue.html#_opened', 'semiseg_nb/catalogue.py'),
                                       'semiseg_nb.catalogue._pairs': ('catalogue.html#_pairs', 'semiseg_nb/catalogue.py'),

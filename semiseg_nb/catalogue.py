@@ -38,7 +38,6 @@ from semiseg_nb.folders import (
     folder_parts,
     one_form,
     read_names,
-    read_text,
     seeded_order,
     survey,
 )
@@ -75,14 +74,16 @@ def _scene_set(split, rows, size, style, strength, labelled, weak_tags=False, cr
 def _scene_size(size, style) -> tuple:
     one_of(style, scenes.STYLES, "style")
     size = as_size(size) or (64, 64)
-    if size[0] != size[1]: raise UserError(f"size {size} is not square: scenes are drawn as squares, give one number.")
+    if size[0] != size[1]:
+        raise UserError(f"size {size} is not square: scenes are drawn as squares, give one number.")
     return size
 
 
 def _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, strength, weak_tags, crop):
     size = _scene_size(size, style)
     n_tune = 200 if n_tune is None else n_tune
-    if not 0 <= n_tune <= 200: raise UserError(f"n_tune is {n_tune}: scenes have 0 to 200 images for tuning.")
+    if not 0 <= n_tune <= 200:
+        raise UserError(f"n_tune is {n_tune}: scenes have 0 to 200 images for tuning.")
     labelled, unlabelled, _ = cut(scene_order(split_seed), [], n_labelled, n_unlabelled)
     make = partial(_scene_set, size=size, style=style, strength=strength)
     return Task("scenes", tuple(scenes.CLASSES), tuple(map(tuple, scenes.PALETTE)),
@@ -156,7 +157,8 @@ def chosen(split: Labelled, index: Tensor) -> tuple:
 
 def _portraits_task(n_labelled, split_seed, size, n_unlabelled, style, strength) -> Task:
     pair = as_size(size) or (32, 32)
-    if pair[0] != pair[1]: raise UserError(f"size is {size}, but portraits are square: give one number.")
+    if pair[0] != pair[1]:
+        raise UserError(f"size is {size}, but portraits are square: give one number.")
     train, val, tune = (portraits(split, pair[0], style, strength) for split in PORTRAITS)
     in_range("n_labelled", len(train) if n_labelled is None else n_labelled, 1, len(train))
     order = torch.randperm(len(train), generator=generator(split_seed, "portraits"))
@@ -193,10 +195,12 @@ def _read_ids(label_order: Sequence | str | Path | None) -> list | None:
     if label_order is None: return None
     if isinstance(label_order, (str, Path)):
         if not Path(label_order).is_file():
-            raise UserError(f"label_order '{label_order}' does not exist: give a text file with one id a line.")
+            raise UserError(f"label_order '{label_order}' does not exist: give a text file with "
+                            "one id a line.")
         label_order = read_names(label_order)
     if not isinstance(label_order, (list, tuple)):
-        raise UserError(f"label_order is {reprlib.repr(label_order)}: give a list of ids, or a text file with one a line.")
+        raise UserError(f"label_order is {reprlib.repr(label_order)}: give a list of ids, or a "
+                        "text file with one a line.")
     return [one_form(str(i)) for i in label_order]
 
 
@@ -205,10 +209,11 @@ def _listed(source: Source, ids: Sequence) -> tuple:
     known = {one_form(name): item for item in source.order + source.pool for name in (item.image.stem, item.id)}
     lost = next((i for i in ids if i not in known), None)
     if lost is not None:
-        raise UserError(f"label_order names '{reprlib.repr(lost)[1:-1]}', but {source.name} has no such training image: "
-                        "correct the list.")
+        raise UserError(f"label_order names '{reprlib.repr(lost)[1:-1]}', but {source.name} has "
+                        "no such training image: correct the list.")
     twice = next((i for i, n in Counter(known[i].id for i in ids).items() if n > 1), None)
-    if twice: raise UserError(f"label_order names '{twice}' twice: each image may stand in it once.")
+    if twice:
+        raise UserError(f"label_order names '{twice}' twice: each image may stand in it once.")
     order = [known[i] for i in ids]
     listed = {i.id for i in order}
     return order, [i for i in source.order + source.pool if i.id not in listed]
@@ -219,8 +224,9 @@ def _one_size(items, sizes, size) -> tuple:
     if size: return size
     for item, s in zip(items, sizes):
         if s != sizes[0]:
-            raise UserError(f"'{item.image}' is {s[1]} x {s[0]} pixels, but '{items[0].image.name}' is {sizes[0][1]} "
-                            f"x {sizes[0][0]}: give a size, one number or (height, width), to which all are resized.")
+            raise UserError(f"'{item.image}' is {s[1]} x {s[0]} pixels, but "
+                            f"'{items[0].image.name}' is {sizes[0][1]} x {sizes[0][0]}: give a "
+                            "size, one number or (height, width), to which all are resized.")
     return sizes[0]
 
 
@@ -229,7 +235,8 @@ def _checked(source: Source, items) -> tuple:
     for item in items:
         if item.mask is None:
             where = "" if source.folder is None else f" at '{source.folder.root / 'masks' / item.id}.png'"
-            raise UserError(f"Image '{item.image}' has no mask: expected one{where}, named like the image.")
+            raise UserError(f"Image '{item.image}' has no mask: expected one{where}, named like "
+                            "the image.")
     return survey(items, source.table)
 
 # %% ../nbs/51_catalogue.ipynb #weak-tags
@@ -240,14 +247,16 @@ def _weak_tags(source: Source, items: list, n_classes: int, size: tuple, from_ma
     for row, item in zip(tags, items):
         ids = known.get(one_form(item.image.stem), [])
         if not isinstance(ids, list) or any(type(i) is not int or not 0 <= i < n_classes for i in ids):
-            raise UserError(f"'{source.folder.root / 'dataset.json'}' gives '{item.image.stem}' the weak_labels "
-                            f"{reprlib.repr(ids)}: write a list of class ids, which are 0 to {n_classes - 1}.")
+            raise UserError(f"'{source.folder.root / 'dataset.json'}' gives '{item.image.stem}' "
+                            f"the weak_labels {reprlib.repr(ids)}: write a list of class ids, "
+                            f"which are 0 to {n_classes - 1}.")
         if ids: row[ids] = 1
         elif from_masks and item.mask:
             row.copy_(image_tags(read_mask(item.mask, size, source.table)[None], n_classes)[0])
     if tags.any(): return tags
     if from_masks and items:
-        raise UserError("weak_tags: no unlabelled image has a mask or an entry in the weak_labels of dataset.json.")
+        raise UserError("weak_tags: no unlabelled image has a mask or an entry in the "
+                        "weak_labels of dataset.json.")
     return None
 
 # %% ../nbs/51_catalogue.ipynb #decode
@@ -284,8 +293,9 @@ def _check_copies(training: list, measured: list) -> None:
         tests = [i for i in group if i.id in names]
         trains = [i for i in group if i.id not in names]
         if tests and trains:
-            raise UserError(f"'{trains[0].image}' and '{tests[0].image}' are the same picture: a model would be tested on "
-                            "what it was trained on; remove one, or give copies_allowed=True.")
+            raise UserError(f"'{trains[0].image}' and '{tests[0].image}' are the same picture: a "
+                            "model would be tested on what it was trained on; remove one, or "
+                            "give copies_allowed=True.")
 
 
 def _build(source: Source, labelled, unlabelled, tune, size, crop, stretch, weak_tags, memory_limit) -> Task:
@@ -311,22 +321,19 @@ def _build(source: Source, labelled, unlabelled, tune, size, crop, stretch, weak
                 tune=with_masks(tune, frames[2]) if tune else None)
 
 # %% ../nbs/51_catalogue.ipynb #voc
-def _needs(root: Path, name: str, page: str, tree: str) -> UserError:
-    "What to say when a known data set is not where it should be"
-    return UserError(f"'{root}' does not hold {name}: download it from {page} and unpack it so that there is {tree}.")
+def _opened(make: Callable, root: Path, name: str, page: str, tree: str):
+    "What `make` gives; raises `UserError` that names the page and the tree when files are not where they should be"
+    try: return make()
+    except PermissionError as e: raise unreadable(e.filename or root, e) from None
+    except (RuntimeError, OSError, ValueError):
+        raise UserError(f"'{root}' does not hold {name}: download it from {page} and unpack it so "
+                        f"that there is {tree}.") from None
 
 
 VOC_CLASSES = tuple("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                     "motorbike person pottedplant sheep sofa train tvmonitor".split())
 VOC_PAGE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (training/validation data)"
 SBD_PAGE = "http://home.bharathh.info/pubs/codes/SBD/download.html"
-
-
-def _opened(make: Callable, root: Path, name: str, page: str, tree: str):
-    "What `make` gives; raises `UserError` that names the page and the tree when files are not where they should be"
-    try: return make()
-    except PermissionError as e: raise unreadable(e.filename or root, e) from None
-    except (RuntimeError, OSError, ValueError): raise _needs(root, name, page, tree) from None
 
 
 def _pairs(images: Sequence, masks: Sequence) -> list:
@@ -341,8 +348,8 @@ def _voc(root: Path, split_seed: int, augmented: bool) -> Source:
     fine, val = ({i.id: i for i in _pairs(part.images, part.masks)} for part in (train, val))
     more = {s: i for s, i in _sbd(root).items() if s not in fine and s not in val} if augmented else {}
     if augmented and (len(fine), len(val)) == (1464, 1449) and len(fine) + len(more) != 10582:
-        raise UserError(f"'{root}' gives {len(fine) + len(more)} training images, but VOC with SBD has 10582: unpack "
-                        "the archives again.")
+        raise UserError(f"'{root}' gives {len(fine) + len(more)} training images, but VOC with "
+                        "SBD has 10582: unpack the archives again.")
     order = [part[s] for part in (fine, more) for s in seeded_order(part, split_seed, "labels")]
     return Source("voc", VOC_CLASSES, class_palette(21), order, [], list(val.values()))
 
@@ -374,9 +381,10 @@ def _context(root: Path, split_seed: int) -> Source:
     base = root / "VOCdevkit" / "VOC2010"
     tree = f"'{base}' with JPEGImages, SegmentationClassContext and ImageSets/SegmentationContext"
     lists = [base / "ImageSets" / "SegmentationContext" / f"{split}.txt" for split in ("train", "val")]
-    if not all(path.is_file() for path in lists): raise _needs(root, "PASCAL-Context", CONTEXT_PAGE, tree)
+    def make(): return [path.read_text(encoding="utf-8").split() for path in lists]
     images, masks = base / "JPEGImages", base / "SegmentationClassContext"
-    train, val = ({s: Item(s, images / f"{s}.jpg", masks / f"{s}.png") for s in read_text(path).split()} for path in lists)
+    train, val = ({s: Item(s, images / f"{s}.jpg", masks / f"{s}.png") for s in names}
+                  for names in _opened(make, root, "PASCAL-Context", CONTEXT_PAGE, tree))
     order = [train[s] for s in seeded_order(train, split_seed, "labels")]
     return Source("context", CONTEXT_CLASSES, class_palette(60), order, [], list(val.values()))
 
@@ -416,7 +424,8 @@ def _pet(root: Path, split_seed: int) -> Source:
 # %% ../nbs/51_catalogue.ipynb #find-source
 def _source(dataset: str, data_root, split_seed: int, ids: list | None, augmented: bool) -> Source:
     "The files of a data set; raises `UserError` when they are not where they should be"
-    if data_root is None: raise UserError(f"dataset '{dataset}' needs data_root: give the folder in which it lies.")
+    if data_root is None:
+        raise UserError(f"dataset '{dataset}' needs data_root: give the folder in which it lies.")
     root = Path(str(data_root))
     if dataset == "folder":
         folder = Folder(root)
@@ -437,20 +446,21 @@ def _further_splits(dataset: str, extra_unlabelled: str | None, unlabelled_from:
     given = {name: split for name, split in given.items() if split is not None}
     for name, split in given.items():
         if dataset != "folder" or split in ("train", "val"):
-            raise UserError(f"{name} '{split}' with dataset '{dataset}': it names a further split of a folder data set, "
-                            "neither train nor val.")
+            raise UserError(f"{name} '{split}' with dataset '{dataset}': it names a further split "
+                            "of a folder data set, neither train nor val.")
     if len(given) == 2:
-        raise UserError(f"extra_unlabelled '{extra_unlabelled}' and unlabelled_from '{unlabelled_from}' exclude each "
-                        "other: the first joins the rest of train, the second takes its place.")
+        raise UserError(f"extra_unlabelled '{extra_unlabelled}' and unlabelled_from "
+                        f"'{unlabelled_from}' exclude each other: the first joins the rest of "
+                        "train, the second takes its place.")
     return list(given.values())
 
 
 def _split_of(folder: Folder, name: str) -> list:
     "The items of a further split; raises `UserError` when it is empty"
     items = list(folder.split(name).values())
-    if not items:
-        raise UserError(f"'{folder.root / 'images' / name}' holds no image: put some there, or choose another split.")
-    return items
+    if items: return items
+    raise UserError(f"'{folder.root / 'images' / name}' holds no image: put some there, or choose "
+                    "another split.")
 
 # %% ../nbs/51_catalogue.ipynb #scenes-split
 def _scenes_split(split, size, ids, style, strength):
@@ -460,8 +470,8 @@ def _scenes_split(split, size, ids, style, strength):
         index = [int(str(i).rsplit("/", 1)[-1]) for i in ids]
         lost = next((i for i in index if i not in SCENES[split]), None)
         if lost is not None:
-            raise UserError(f"scene {lost} is not in split '{split}', which has {SCENES[split][0]} to "
-                            f"{SCENES[split][-1]}.")
+            raise UserError(f"scene {lost} is not in split '{split}', which has "
+                            f"{SCENES[split][0]} to {SCENES[split][-1]}.")
         rows = [i - SCENES[split][0] for i in index]
     return _scene_set(split, rows, _scene_size(size, style), style, strength, labelled=True)
 
@@ -494,12 +504,15 @@ def load_task(
     one_of(dataset, DATASETS, "dataset")
     further, crop = _further_splits(dataset, extra_unlabelled, unlabelled_from), as_size(crop, "crop")
     if dataset == "scenes":
-        if label_order is not None: raise UserError("label_order lists files: for scenes choose a split_seed instead.")
+        if label_order is not None:
+            raise UserError("label_order lists files: for scenes choose a split_seed instead.")
         return _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, strength, weak_tags, crop)
     if dataset == "portraits":
         options = {"n_tune": n_tune, "crop": crop, "stretch": stretch, "weak_tags": weak_tags, "label_order": label_order}
         name = next((name for name, value in options.items() if value), None)
-        if name: raise UserError(f"{name} is {options[name]!r}, but portraits know style and strength only: leave it out.")
+        if name:
+            raise UserError(f"{name} is {options[name]!r}, but portraits know style and strength "
+                            "only: leave it out.")
         return _portraits_task(n_labelled, split_seed, size, n_unlabelled, style, strength)
     source = _source(dataset, data_root, split_seed, _read_ids(label_order), augmented)
     pool = list(source.pool) if unlabelled_from is None else []
@@ -529,7 +542,8 @@ def load_split(
     if dataset == "scenes": return _scenes_split(split, size, ids, style, strength)
     if dataset == "portraits": return _portraits_split(split, size, ids, style, strength)
     if dataset == "folder":
-        if data_root is None: raise UserError("dataset 'folder' needs data_root: give the folder in which it lies.")
+        if data_root is None:
+            raise UserError("dataset 'folder' needs data_root: give the folder in which it lies.")
         folder = Folder(data_root)
         names = folder.classes or classes
         source = Source("folder", names, None, list(folder.split(split).values()), [], [], folder=folder)
@@ -557,8 +571,7 @@ def load_split(
 def _portraits_split(split: str, size, ids: Sequence | None, style: str, strength: float) -> Labelled:
     whole = portraits(split, (as_size(size) or (32, 32))[0], style, strength)
     if ids is None: return whole
-    row = {name: i for i, name in enumerate(whole.ids)}
-    index = torch.tensor([row[one_of(i, row, "image id")] for i in ids])
+    index = torch.tensor([whole.ids.index(one_of(i, whole.ids, "image id")) for i in ids])
     return Labelled(*chosen(whole, index), whole.n_classes)
 
 # %% ../nbs/51_catalogue.ipynb #across
@@ -594,18 +607,21 @@ def load_across(
     "Source and target of a built-in change of look, or of a folder; raises `UserError` when there is no target"
     one_of(dataset, ("scenes", "folder"), "dataset")
     if dataset == "folder" and not (target_split and target_val):
-        raise UserError(f"target_split is {target_split!r} and target_val {target_val!r}, but a folder needs both: "
-                        "name its split of unlabelled target images, and its split of target images with masks.")
+        raise UserError(f"target_split is {target_split!r} and target_val {target_val!r}, but a "
+                        "folder needs both: name its split of unlabelled target images, and its "
+                        "split of target images with masks.")
     shared = dict(data_root=data_root, n_labelled=n_labelled, split_seed=split_seed, size=size, **more)
     source = load_task(dataset, **shared, **({} if dataset == "scenes" else {"n_unlabelled": 0}))
     if dataset == "scenes":
         if style == "photo" or strength == 0:
-            raise UserError(f"style '{style}' at strength {strength} is the source itself: choose another look.")
+            raise UserError(f"style '{style}' at strength {strength} is the source itself: choose "
+                            "another look.")
         target = load_task(dataset, style=style, strength=strength, **shared)
         return source, across(source, target.unlabelled, target.val, target.tune)
     unlabelled = load_task(dataset, unlabelled_from=target_split, **shared).unlabelled
     val = load_split(dataset, data_root, target_val, size=source.size, stretch=more.get("stretch", False),
                      classes=source.classes)
     if not isinstance(val, Labelled):
-        raise UserError(f"target_val '{target_val}' has images without masks: choose a split that has them all.")
+        raise UserError(f"target_val '{target_val}' has images without masks: choose a split that "
+                        "has them all.")
     return source, across(source, unlabelled, val)

@@ -32,7 +32,8 @@ def as_size(
     given = [size, size] if isinstance(size, Integral) else size
     pair = list(given) if isinstance(given, (tuple, list)) else []
     if len(pair) != 2 or not all(isinstance(s, Integral) and s is not True and s > 0 for s in pair):
-        raise UserError(f"{what} {size!r} is not a size: give one number, or (height, width), in whole pixels.")
+        raise UserError(f"{what} {size!r} is not a size: give one number, or (height, width), in "
+                        "whole pixels.")
     return tuple(map(int, pair))
 
 # %% ../nbs/02_data.ipynb #files
@@ -78,8 +79,8 @@ def file_digest(path: str | Path) -> str:
     try:
         with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e:
-        raise UserError(f"'{path}' can no longer be read ({e.strerror}): put the file back, with the permission to "
-                        "read it.") from None
+        raise UserError(f"'{path}' can no longer be read ({e.strerror}): put the file back, with "
+                        "the permission to read it.") from None
 
 
 def content_hash(
@@ -114,13 +115,15 @@ def _check_pixels(x: Tensor | Files, what: str, n: int, shape: str) -> None:
     "Raise `UserError` unless there is one uint8 picture for each of the `n` names"
     remedy = {"images": "(255 * x).round().byte() for floats in [0,1]", "masks": "x.byte() for class ids"}[what]
     if not isinstance(x, (Tensor, Files)):
-        raise UserError(f"{what} are of the kind {type(x).__name__}, but should be a uint8 tensor {shape} or `Files`.")
+        raise UserError(f"{what} are of the kind {type(x).__name__}, but should be a uint8 tensor "
+                        f"{shape} or `Files`.")
     if isinstance(x, Tensor) and x.dtype != torch.uint8:
-        raise UserError(f"{what} are {str(x.dtype).removeprefix('torch.')}, but a data set keeps one byte a value "
-                        f"(uint8, 0 to 255): give {remedy}.")
+        raise UserError(f"{what} are {str(x.dtype).removeprefix('torch.')}, but a data set keeps "
+                        f"one byte a value (uint8, 0 to 255): give {remedy}.")
     if len(x.shape) != shape.count(",") + 1 or (what == "images" and x.shape[1] != 3):
         raise UserError(f"{what} have the shape {tuple(x.shape)}, but it should be {shape}.")
-    if len(x) != n: raise UserError(f"There are {len(x)} {what} for {n} names: give one name for each.")
+    if len(x) != n:
+        raise UserError(f"There are {len(x)} {what} for {n} names: give one name for each.")
 
 # %% ../nbs/02_data.ipynb #image-set
 class Images(Dataset):
@@ -137,7 +140,8 @@ class Images(Dataset):
         self.ids, self.images, self.tags, self.crop, self.files = tuple(ids), images, tags, as_size(crop, "crop"), files
         _check_pixels(images, "images", len(self.ids), "(N,3,H,W)")
         if tags is not None and (tags.ndim != 2 or len(tags) != len(self.ids)):
-            raise UserError(f"tags have the shape {tuple(tags.shape)}, but {len(self.ids)} images need one row each: (N,C).")
+            raise UserError(f"tags have the shape {tuple(tags.shape)}, but {len(self.ids)} images "
+                            "need one row each: (N,C).")
         self._fingerprint = None
 
     @property
@@ -184,14 +188,16 @@ class Labelled(Images):
         self.masks, self.n_classes = masks, int(n_classes)
         _check_pixels(masks, "masks", len(self), "(N,H,W)")
         if tuple(masks.shape[1:]) != self.size:
-            raise UserError(f"masks are {tuple(masks.shape[1:])} (height, width), but their images are {self.size}.")
+            raise UserError(f"masks are {tuple(masks.shape[1:])} (height, width), but their "
+                            f"images are {self.size}.")
         if isinstance(masks, Files): return
         found = _occurring(masks)
         wrong = found[:, self.n_classes:IGNORE].nonzero()
         if len(wrong):
             i, value = wrong[0].tolist()
-            raise UserError(f"The mask of '{self.ids[i]}' holds the value {value + self.n_classes}, but with "
-                            f"{self.n_classes} classes the values are 0 to {self.n_classes - 1}, and 255 for 'unknown'.")
+            raise UserError(f"The mask of '{self.ids[i]}' holds the value "
+                            f"{value + self.n_classes}, but with {self.n_classes} classes the "
+                            f"values are 0 to {self.n_classes - 1}, and 255 for 'unknown'.")
         self.tags = found[:, :self.n_classes].contiguous()
 
     def _content(self) -> tuple: return self.files or (self.images, self.masks)
@@ -252,22 +258,24 @@ def split_id(
 def _check_sets(task: Task) -> None:
     "Raise `UserError` when the four sets of a task do not fit together"
     if isinstance(task.unlabelled, Labelled):
-        raise UserError("The unlabelled set is `Labelled`, but it may have no masks: give `Images(ids, images)`.")
+        raise UserError("The unlabelled set is `Labelled`, but it may have no masks: give "
+                        "`Images(ids, images)`.")
     sets = [s for s in (task.labelled, task.unlabelled, task.val, task.tune) if s]
     twice = next((i for i, n in Counter(i for s in sets for i in s.ids).items() if n > 1), None)
-    if twice: raise UserError(f"Image '{twice}' is in the task twice: its four sets must be disjoint.")
+    if twice:
+        raise UserError(f"Image '{twice}' is in the task twice: its four sets must be disjoint.")
     for name in ("labelled", "val", "tune"):
         s = getattr(task, name)
         if s and s.n_classes != len(task.classes):
-            raise UserError(f"The set '{name}' has {s.n_classes} classes, but the task names {len(task.classes)}: "
-                            "give as many names as there are classes.")
+            raise UserError(f"The set '{name}' has {s.n_classes} classes, but the task names "
+                            f"{len(task.classes)}: give as many names as there are classes.")
     if len(task.unlabelled) and task.unlabelled.size != task.labelled.size:
-        raise UserError(f"Unlabelled images are {task.unlabelled.size} (height, width), but labelled ones are "
-                        f"{task.labelled.size}: bring both to one size.")
+        raise UserError(f"Unlabelled images are {task.unlabelled.size} (height, width), but "
+                        f"labelled ones are {task.labelled.size}: bring both to one size.")
     tags = task.unlabelled.tags
     if tags is not None and tags.shape[1] != len(task.classes):
-        raise UserError(f"Tags of the unlabelled images have {tags.shape[1]} columns, but there are {len(task.classes)} "
-                        "classes: give one column for each class.")
+        raise UserError(f"Tags of the unlabelled images have {tags.shape[1]} columns, but there "
+                        f"are {len(task.classes)} classes: give one column for each class.")
 
 # %% ../nbs/02_data.ipynb #image-mean
 def image_mean(
@@ -307,10 +315,11 @@ class Stream(Sampler):
     ):
         self.n, self.batch_size, self.seed = len(dataset), batch_size, seed
         self.start, self.rank, self.world = start, rank, world
-        if self.n == 0: raise UserError("This data set is empty: a training batch needs at least one image.")
+        if self.n == 0:
+            raise UserError("This data set is empty: a training batch needs at least one image.")
         if batch_size < 1 or batch_size % world:
-            raise UserError(f"batch_size {batch_size} cannot be shared by {world} processes: choose a positive "
-                            f"multiple of {world}.")
+            raise UserError(f"batch_size {batch_size} cannot be shared by {world} processes: "
+                            f"choose a positive multiple of {world}.")
         self._known = {}  # the permutation in use, and the next
 
     def _permutation(self, e: int) -> list:
@@ -394,7 +403,8 @@ def loader(
     stream = Stream(dataset, batch_size, seed, start, rank, world)
     crop = as_size(crop, "crop") or dataset.crop
     if crop and (crop[0] > dataset.size[0] or crop[1] > dataset.size[1]):
-        raise UserError(f"crop {crop} is larger than the images, which are {dataset.size}: choose a crop inside them.")
+        raise UserError(f"crop {crop} is larger than the images, which are {dataset.size}: choose "
+                        "a crop inside them.")
     return _batches(dataset, stream, workers, device, crop)
 
 

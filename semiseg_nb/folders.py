@@ -47,8 +47,8 @@ def _look_at(item: Item, table: Tensor | None = None) -> tuple:
         lying = tuple(mask.shape) == size[::-1] and Image.open(item.image).getexif().get(274, 1) >= 5
         hint = (": the camera held the picture on its side and says so in the file, so turn the mask upright as well"
                 if lying else ": both must have the same width and height")
-        raise UserError(f"Mask '{item.mask}' is {mask.shape[1]} x {mask.shape[0]} pixels, but its image "
-                        f"'{item.image.name}' is {size[1]} x {size[0]}{hint}.")
+        raise UserError(f"Mask '{item.mask}' is {mask.shape[1]} x {mask.shape[0]} pixels, but its "
+                        f"image '{item.image.name}' is {size[1]} x {size[0]}{hint}.")
     return size, _histogram(mask)
 
 
@@ -67,8 +67,8 @@ def check_values(
     shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
     shades = len(wrong) > 1 or wrong[0] > 2 * n_classes + 8
     hint = " These look like grey shades or colours: write class ids." if shades else ""
-    raise UserError(f"Mask '{item.mask}' holds the value {shown}, but with {n_classes} classes the values are 0 to "
-                    f"{n_classes - 1}, and 255 for 'unknown'.{hint}")
+    raise UserError(f"Mask '{item.mask}' holds the value {shown}, but with {n_classes} classes "
+                    f"the values are 0 to {n_classes - 1}, and 255 for 'unknown'.{hint}")
 
 
 def survey(
@@ -88,11 +88,15 @@ def _check_blur(items: Sequence, histograms: Sequence) -> None:
         rare = int((histogram > 0).sum()) - frequent
         if rare >= 6 and rare >= 2 * frequent: blurred.append(item)
     if 2 * len(blurred) <= len(items): return
-    total = torch.stack(list(histograms)).sum(0)
-    likely = ", ".join(map(str, (total > 0.05 * total.sum()).nonzero().flatten().tolist()))
-    raise UserError(f"Mask '{blurred[0].mask}' holds {int((histograms[items.index(blurred[0])] > 0).sum())} values, most of "
-                    f"them in a few pixels, and so do {len(blurred) - 1} others: blurred masks, in which only {likely} "
-                    "look like classes. Save them again without smoothing or JPEG, with the class ids 0, 1, 2, ...")
+    total, peaks = torch.stack(list(histograms)).sum(0), []
+    for v in total.argsort(descending=True).tolist():  # of neighbours only the most frequent
+        if total[v] > 0.02 * total.sum() and all(abs(v - p) > 8 for p in peaks): peaks.append(v)
+    likely = ", ".join(map(str, sorted(peaks)))
+    raise UserError(f"Mask '{blurred[0].mask}' holds "
+                    f"{int((histograms[items.index(blurred[0])] > 0).sum())} values, most of them "
+                    f"in a few pixels, and so do {len(blurred) - 1} others: blurred masks, in "
+                    f"which only {likely} look like classes. Save them again without smoothing or "
+                    "JPEG, with the class ids 0, 1, 2, ...")
 
 
 def _check_mixed(items: Sequence, histograms: Sequence) -> None:
@@ -101,8 +105,9 @@ def _check_mixed(items: Sequence, histograms: Sequence) -> None:
     ones = [i for i, h in zip(items, histograms) if h[1]]
     whites = [i for i, h in zip(items, histograms) if h[IGNORE] and not h[1:IGNORE].any()]
     if both or not ones or not whites or any(h[2:IGNORE].any() for h in histograms): return
-    raise UserError(f"Mask '{ones[0].mask}' holds 0 and 1, but '{whites[0].mask}' and {len(whites) - 1} others hold 0 "
-                    "and 255, and 255 means 'unknown': write 1 for the object in all of them.")
+    raise UserError(f"Mask '{ones[0].mask}' holds 0 and 1, but '{whites[0].mask}' and "
+                    f"{len(whites) - 1} others hold 0 and 255, and 255 means 'unknown': write 1 "
+                    "for the object in all of them.")
 
 
 def check_colours(
@@ -123,8 +128,9 @@ def check_colours(
             if often[colour] > 1: continue
             other, v_other = known.setdefault(colour, (item, v))
             if v == v_other: continue
-            raise UserError(f"The colour {colour} is the value {v_other} in '{other.mask}', but {v} in '{item.mask}': "
-                            "the palettes number their colours anew in each file. Save all masks with one palette.")
+            raise UserError(f"The colour {colour} is the value {v_other} in '{other.mask}', but "
+                            f"{v} in '{item.mask}': the palettes number their colours anew in "
+                            "each file. Save all masks with one palette.")
 
 # %% ../nbs/50_folders.ipynb #check-masks
 def check_masks(
@@ -138,18 +144,20 @@ def check_masks(
     first = next((i for i, h in zip(items, histograms) if h[IGNORE]), items[0])
     if not present or present == [0]:
         if total[IGNORE]:
-            raise UserError(f"Mask '{first.mask}' and all others hold only the values 0 and 255, and 255 means "
-                            "'unknown': write 1, not 255, where the object is.")
-        raise UserError(f"Mask '{first.mask}' and all others hold only the value 0: there is no second class to learn.")
+            raise UserError(f"Mask '{first.mask}' and all others hold only the values 0 and 255, "
+                            "and 255 means 'unknown': write 1, not 255, where the object is.")
+        raise UserError(f"Mask '{first.mask}' and all others hold only the value 0: there is no "
+                        "second class to learn.")
     _check_mixed(items, histograms)
     if classes is None:
         _check_blur(items, histograms)
         top = present[-1]
         if top > 20 and 2 * len(present) < top:
             where = next(i for i, h in zip(items, histograms) if h[top])
-            raise UserError(f"Mask '{where.mask}' holds the value {top}, but the masks show only {len(present)} "
-                            "different values: they look like grey shades. Write class ids 0, 1, 2, ..., or name the "
-                            "classes in classes.txt, one a line.")
+            raise UserError(f"Mask '{where.mask}' holds the value {top}, but the masks show only "
+                            f"{len(present)} different values: they look like grey shades. Write "
+                            "class ids 0, 1, 2, ..., or name the classes in classes.txt, one a "
+                            "line.")
         classes = tuple(f"class {i}" for i in range(top + 1))
     for item, histogram in zip(items, histograms): check_values(item, histogram, len(classes))
     return classes
@@ -187,7 +195,8 @@ def _sort_out(folder: Path, endings: set) -> tuple:
         elif ending not in endings:
             unused.setdefault(f"have the ending '{ending}', which is not read", []).append(path)
         elif stem in found:
-            raise UserError(f"'{path}' and '{found[stem].name}' have the same name but for the ending: keep one of them.")
+            raise UserError(f"'{path}' and '{found[stem].name}' have the same name but for the "
+                            "ending: keep one of them.")
         else: found[stem] = path
     return found, unused
 
@@ -219,7 +228,8 @@ def class_palette(n: int) -> tuple:
 def read_text(path: str | Path) -> str:
     "A text file in UTF-8, with or without the mark that Windows puts at its front; raises `UserError`"
     try: return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError: raise UserError(f"'{path}' is no text in UTF-8: save it as UTF-8, or remove it.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"'{path}' is no text in UTF-8: save it as UTF-8, or remove it.") from None
     except OSError as e: raise unreadable(path, e) from None
 
 
@@ -227,19 +237,23 @@ def read_json(path: str | Path) -> object:
     "What a JSON file holds; raises `UserError` naming it"
     text = read_text(path)
     try: return json.loads(text)
-    except RecursionError: raise UserError(f"'{path}' is not valid JSON (nested too deep): repair or remove it.") from None
-    except ValueError as e: raise UserError(f"'{path}' is not valid JSON ({e}): repair it, or remove it.") from None
+    except RecursionError:
+        raise UserError(f"'{path}' is not valid JSON (nested too deep): repair or remove it.") from None
+    except ValueError as e:
+        raise UserError(f"'{path}' is not valid JSON ({e}): repair it, or remove it.") from None
 
 
 def read_names(
     path: str | Path,  # one name a line, or a JSON list
 ) -> list:
     "The names in a list of files; raises `UserError` naming it"
-    if not Path(path).is_file(): raise UserError(f"'{path}' does not exist: give a text file with one id a line.")
+    if not Path(path).is_file():
+        raise UserError(f"'{path}' does not exist: give a text file with one id a line.")
     if Path(path).suffix.lower() != ".json": return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise UserError(f"'{path}' should hold a JSON list of names, [\"a\", \"b\", ...], or be a text file, one a line.")
+        raise UserError(f"'{path}' should hold a JSON list of names, [\"a\", \"b\", ...], or be a "
+                        "text file, one a line.")
     return names
 
 # %% ../nbs/50_folders.ipynb #read-folder
@@ -255,17 +269,20 @@ def _read_info(root: Path) -> dict:
     if not path.exists(): return {}
     info = read_json(path)
     if not isinstance(info, dict):
-        raise UserError(f"'{path}' is not valid JSON of a data set: write an object {{...}}, or remove the file and the "
-                        "classes are inferred.")
+        raise UserError(f"'{path}' is not valid JSON of a data set: write an object {{...}}, or "
+                        "remove the file and the classes are inferred.")
     for name, (kind, inner) in INFO.items():
         value = info.get(name)
         if name in info and not isinstance(value, kind):
-            raise UserError(f"'{path}' gives {name} as {reprlib.repr(value)}, but it should be {KINDS[kind]}.")
+            raise UserError(f"'{path}' gives {name} as {reprlib.repr(value)}, but it should be "
+                            f"{KINDS[kind]}.")
         for key, entry in value.items() if inner and value else ():
             if not isinstance(entry, inner):
-                raise UserError(f"'{path}' gives '{key}' the {name} {reprlib.repr(entry)}: write a list.")
+                raise UserError(f"'{path}' gives '{key}' the {name} {reprlib.repr(entry)}: write "
+                                "a list.")
     if not re.fullmatch(r"[^/\\\x00-\x1f]{1,80}", info.get("name", "x")) or info.get("name") in (".", ".."):
-        raise UserError(f"'{path}' gives the name {reprlib.repr(info['name'])}: choose at most 80 letters, no slash.")
+        raise UserError(f"'{path}' gives the name {reprlib.repr(info['name'])}: choose at most 80 "
+                        "letters, no slash.")
     return info
 
 
@@ -284,21 +301,27 @@ def _read_classes(root: Path, info: dict) -> tuple:
         for i, row in enumerate(info["classes"]):
             row = {"name": row} if isinstance(row, str) else row
             if not isinstance(row, dict) or type(row.get("id", i)) is not int or row.get("id", i) != i:
-                raise UserError(f"'{path}' must list its classes in the order of their ids 0, 1, 2, ..., as names or as "
-                                f"{{\"id\": 0, \"name\": \"sky\"}}; entry {i} is {reprlib.repr(row)}.")
+                raise UserError(f"'{path}' must list its classes in the order of their ids 0, 1, "
+                                "2, ..., as names or as {\"id\": 0, \"name\": \"sky\"}; entry "
+                                f"{i} is {reprlib.repr(row)}.")
             names.append(row.get("name", f"class {i}"))
             palette[i] = _colour_of(row["color"]) if "color" in row else palette[i]
             if palette[i] is None:
-                raise UserError(f"'{path}' gives class {i} the color {reprlib.repr(row['color'])}: write [red, green, "
-                                "blue] with values 0 to 255, or \"#rrggbb\".")
+                raise UserError(f"'{path}' gives class {i} the color "
+                                f"{reprlib.repr(row['color'])}: write [red, green, blue] with "
+                                "values 0 to 255, or \"#rrggbb\".")
     elif path.exists(): names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     else: return None, None
     wrong = next((n for n in names if not isinstance(n, str) or not n.strip() or len(n) > 80), None)
-    if wrong is not None: raise UserError(f"'{path}' names a class {reprlib.repr(wrong)}: give a name of 1 to 80 letters.")
+    if wrong is not None:
+        raise UserError(f"'{path}' names a class {reprlib.repr(wrong)}: give a name of 1 to 80 "
+                        "letters.")
     if not 2 <= len(names) <= IGNORE:
-        raise UserError(f"'{path}' names {len(names)} class(es): write 2 to 255 of them, one a line, background first.")
+        raise UserError(f"'{path}' names {len(names)} class(es): write 2 to 255 of them, one a "
+                        "line, background first.")
     twice = next((n for n, k in Counter(names).items() if k > 1), None)
-    if twice: raise UserError(f"'{path}' names the class '{twice}' twice: each needs a name of its own.")
+    if twice:
+        raise UserError(f"'{path}' names the class '{twice}' twice: each needs a name of its own.")
     return tuple(names), tuple(palette or class_palette(len(names)))
 
 # %% ../nbs/50_folders.ipynb #read-split
@@ -326,15 +349,18 @@ def _read_split(root: Path, split: str, wrong, notes: list) -> dict:
 def _find_root(root: str | Path) -> Path:
     "The folder that holds 'images'; raises `UserError` that says what was found and which layouts are known"
     path = Path(str(root))
-    if not path.exists(): raise UserError(f"data_root '{root}' does not exist: give the folder that holds 'images' and 'masks'.")
+    if not path.exists():
+        raise UserError(f"data_root '{root}' does not exist: give the folder that holds 'images' "
+                        "and 'masks'.")
     if not path.is_dir():
-        raise UserError(f"data_root '{root}' is a file: unpack it where it is an archive, and give the folder that "
-                        "holds 'images' and 'masks'.")
+        raise UserError(f"data_root '{root}' is a file: unpack it where it is an archive, and "
+                        "give the folder that holds 'images' and 'masks'.")
     if (path / "images").is_dir(): return path
     folders = [p.name for p in _listed(path) if p.is_dir()]
     inside = next((name for name in folders if (path / name / "images").is_dir()), None)
     guess = f" (is it '{path / inside}'?)" if inside else f", only {', '.join(folders[:5])}" if folders else ""
-    raise UserError(f"data_root '{root}' has no folder 'images'{guess}: known layouts are {LAYOUTS}.")
+    raise UserError(f"data_root '{root}' has no folder 'images'{guess}: known layouts are "
+                    f"{LAYOUTS}.")
 
 # %% ../nbs/50_folders.ipynb #folder
 class Folder:
@@ -356,8 +382,9 @@ class Folder:
         folders = [p.name for p in _listed(images) if p.is_dir()]
         self.plain = not folders
         if folders and "train" not in folders:
-            raise UserError(f"'{images}' has the folders {', '.join(folders)}, but none called 'train': name the training "
-                            f"images so, or put all images into images/ itself; known layouts are {LAYOUTS}.")
+            raise UserError(f"'{images}' has the folders {', '.join(folders)}, but none called "
+                            "'train': name the training images so, or put all images into "
+                            f"images/ itself; known layouts are {LAYOUTS}.")
         self.splits = {s: _read_split(self.root, s, self._wrong, self.notes) for s in folders or [""]}
         for place in (images, masks) if folders else ():
             loose = [p for p in _listed(place) if not p.is_dir()]
@@ -414,13 +441,17 @@ def _label_order(folder: Folder, split_seed: int, stems: list) -> list:
     order, path = folder.info.get("label_order"), folder.root / "dataset.json"
     if order is None: return seeded_order(stems, split_seed, "labels")
     if f"seed{split_seed}" not in order:
-        raise UserError(f"split_seed {split_seed} is not in '{path}', which has {', '.join(order)}.")
+        raise UserError(f"split_seed {split_seed} is not in '{path}', which has "
+                        f"{', '.join(order)}.")
     names = [one_form(str(name)) for name in order[f"seed{split_seed}"]]
     lost = next((s for s in names if s not in folder.split("train")), None)
     if lost is not None:
-        raise UserError(f"'{path}' lists '{reprlib.repr(lost)[1:-1]}', but there is no such training image: restore it.")
+        raise UserError(f"'{path}' lists '{reprlib.repr(lost)[1:-1]}', but there is no such "
+                        "training image: restore it.")
     twice = next((s for s, n in Counter(names).items() if n > 1), None)
-    if twice: raise UserError(f"'{path}' lists '{twice}' twice for seed{split_seed}: each image may stand in it once.")
+    if twice:
+        raise UserError(f"'{path}' lists '{twice}' twice for seed{split_seed}: each image may "
+                        "stand in it once.")
     return names
 
 
@@ -431,16 +462,19 @@ def folder_parts(
     "How a folder is shared out; raises `UserError` when an image or a mask is wanting"
     train, val, root = folder.split("train"), folder.splits.get("val"), folder.root
     if not train:
-        raise UserError(f"'{root / 'images'}' holds no training image: endings can be {', '.join(sorted(PICTURES))}.")
+        raise UserError(f"'{root / 'images'}' holds no training image: endings can be "
+                        f"{', '.join(sorted(PICTURES))}.")
     if val is not None and not val:
-        raise UserError(f"'{root / 'images' / 'val'}' holds no image: put the validation images there, or remove the "
-                        "folder to have a fifth of the labelled images taken.")
+        raise UserError(f"'{root / 'images' / 'val'}' holds no image: put the validation images "
+                        "there, or remove the folder to have a fifth of the labelled images "
+                        "taken.")
     if folder.lost_masks: raise UserError(folder.lost_masks)
     masked = [s for s in train if train[s].mask]
     if val is None:
         if len(masked) < 2:
-            raise UserError(f"'{root / 'masks'}' holds {len(masked)} mask(s) that belong to an image: at least two are "
-                            "needed, one labelled image to train on and one to validate.")
+            raise UserError(f"'{root / 'masks'}' holds {len(masked)} mask(s) that belong to an "
+                            "image: at least two are needed, one labelled image to train on and "
+                            "one to validate.")
         val = {s: train[s] for s in sorted(seeded_order(masked, split_seed, "val")[: max(1, len(masked) // 5)])}
     held = {i.id for i in val.values()}
     free = {s: i for s, i in train.items() if i.id not in held}
@@ -459,23 +493,27 @@ def cut(
 ) -> tuple:  # (labelled, unlabelled, tune)
     "The first `n_labelled` keep their labels, the last `n_tune` are set aside, all others are unlabelled"
     n_tune = n_tune or 0
-    if not 0 <= n_tune <= len(order): raise UserError(f"n_tune is {n_tune}: choose 0 to {len(order)}.")
+    if not 0 <= n_tune <= len(order):
+        raise UserError(f"n_tune is {n_tune}: choose 0 to {len(order)}.")
     room = len(order) - n_tune
     aside = f" when {n_tune} are set aside for tuning" if n_tune else ""
     if n_labelled is None: n_labelled = room
     if n_labelled < 1 and room > 0:
         raise UserError(f"n_labelled is {n_labelled}: at least one labelled image is needed.")
-    if room < 1: raise UserError(f"There is no labelled image: {len(order)} training images have a mask{aside}.")
+    if room < 1:
+        raise UserError(f"There is no labelled image: {len(order)} training images have a "
+                        f"mask{aside}.")
     if n_labelled > room:
-        raise UserError(f"n_labelled is {n_labelled}, but only {room} training images can be labelled{aside}: choose "
-                        f"at most {room}.")
+        raise UserError(f"n_labelled is {n_labelled}, but only {room} training images can be "
+                        f"labelled{aside}: choose at most {room}.")
     unlabelled = list(pool) if only_pool else list(order[n_labelled:room]) + list(pool)
     if n_unlabelled is None and not unlabelled:
-        raise UserError(f"There is no unlabelled image: all {room} training images are labelled{aside}; lower "
-                        "n_labelled, add images without a mask, or give n_unlabelled=0 for a supervised run.")
+        raise UserError(f"There is no unlabelled image: all {room} training images are "
+                        f"labelled{aside}; lower n_labelled, add images without a mask, or give "
+                        "n_unlabelled=0 for a supervised run.")
     if n_unlabelled is not None and not 0 <= n_unlabelled <= len(unlabelled):
-        raise UserError(f"n_unlabelled is {n_unlabelled}, but {len(unlabelled)} images are left beside the labelled "
-                        f"ones: choose 0 to {len(unlabelled)}.")
+        raise UserError(f"n_unlabelled is {n_unlabelled}, but {len(unlabelled)} images are left "
+                        f"beside the labelled ones: choose 0 to {len(unlabelled)}.")
     return list(order[:n_labelled]), unlabelled[:n_unlabelled], list(order[room:])
 
 # %% ../nbs/50_folders.ipynb #report

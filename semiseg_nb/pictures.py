@@ -29,10 +29,14 @@ def unreadable(
 ) -> UserError:
     "What to say of a file that cannot be read: a lost, a forbidden or a broken one"
     if isinstance(e, FileNotFoundError):
-        if Path(path).is_symlink(): return UserError(f"'{path}' is a link to a file that does not exist: put that file back.")
-        return UserError(f"'{path}' does not exist: put the file back or take its name off the list.")
+        if Path(path).is_symlink():
+            return UserError(f"'{path}' is a link to a file that does not exist: put that file "
+                             "back.")
+        return UserError(f"'{path}' does not exist: put the file back or take its name off the "
+                         "list.")
     if isinstance(e, PermissionError):
-        return UserError(f"'{path}' may not be read (permission denied): give your account the right to read it.")
+        return UserError(f"'{path}' may not be read (permission denied): give your account the "
+                         "right to read it.")
     return UserError(f"'{path}' cannot be read ({' '.join(str(e).split())}): {remedy}.")
 
 
@@ -92,17 +96,19 @@ def read_mask(
     "Read a mask without turning its palette into colours; raises `UserError` naming the file"
     picture = _read_mat(path) if str(path).endswith(".mat") else _open(path)
     if len(picture.getbands()) > 1:
-        raise UserError(f"Mask '{path}' is a colour picture (mode {picture.mode}), but a pixel must hold its class id: "
-                        "save it in palette or 8-bit grey mode with values 0, 1, 2, ... and 255 for 'unknown'.")
+        raise UserError(f"Mask '{path}' is a colour picture (mode {picture.mode}), but a pixel "
+                        "must hold its class id: save it in palette or 8-bit grey mode with "
+                        "values 0, 1, 2, ... and 255 for 'unknown'.")
     a = np.array(picture)
     if a.dtype.kind == "f":
         a = np.where(np.isnan(a), IGNORE, a)  # where nothing was measured, nothing is known
         if (a % 1 != 0).any():
-            raise UserError(f"Mask '{path}' holds the value {a[a % 1 != 0][0]:g}, which is no whole number: a pixel "
-                            "must hold its class id, and NaN or 255 for 'unknown'.")
+            raise UserError(f"Mask '{path}' holds the value {a[a % 1 != 0][0]:g}, which is no "
+                            "whole number: a pixel must hold its class id, and NaN or 255 for "
+                            "'unknown'.")
     if a.min() < 0 or a.max() > 255:
-        raise UserError(f"Mask '{path}' holds the value {a.max() if a.max() > 255 else a.min()}: class ids are 0 to "
-                        "254, and 255 means 'unknown'.")
+        raise UserError(f"Mask '{path}' holds the value {a.max() if a.max() > 255 else a.min()}: "
+                        "class ids are 0 to 254, and 255 means 'unknown'.")
     a = a.astype(np.uint8)
     if size: a = np.array(Image.fromarray(a).resize(size[::-1], Image.Resampling.NEAREST))
     mask = torch.from_numpy(a)

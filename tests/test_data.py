@@ -1,6 +1,7 @@
 """The contract: streams, sets, crops, batches, tasks."""
 import time
 
+import numpy as np
 import pytest
 import torch
 from helpers import in_memory, picture
@@ -8,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
-from semiseg_nb.data import Files, Images, Labelled, Stream, Task, image_tags, loader, one_pass, random_crop, split_id
+from semiseg_nb.data import Files, Images, Labelled, Stream, Task, as_size, image_mean, image_tags, loader, one_pass, random_crop, split_id
 from semiseg_nb.folders import class_palette
 from semiseg_nb.pictures import read_image
 
@@ -153,3 +154,70 @@ def test_split_id_knows_sets_not_order():
 def test_image_tags_by_hand():
     m = torch.tensor([[[0, 2], [2, 255]], [[1, 1], [1, 1]]], dtype=torch.uint8)
     assert image_tags(m, 3).tolist() == [[1, 0, 1], [0, 1, 0]]
+
+
+def test_what_is_no_data_set_is_refused_at_once():
+    "Floats, other lengths, shapes and class ids, each in one sentence"
+    x = torch.randint(0, 256, (4, 3, 6, 8), dtype=torch.uint8)
+    y, ids = torch.zeros(4, 6, 8, dtype=torch.uint8), list("abcd")
+    for images, masks, says in ((x / 255, y, r"images are float32, but .*uint8.* give \(255 \* x\)"), (x, y.long(), "masks are int64"), (x, y.bool(), "masks are bool"),
+                                (x[:3], y, "3 images for 4 names"), (x, y[:2], "2 masks for 4 names"), (x[:, :1], y, r"images have the shape \(4, 1, 6, 8\)"),
+                                (x, y[:, :5], r"masks are \(5, 8\) .* images are \(6, 8\)"), (x, y + 7, "mask of 'a' holds the value 7, but with 2 classes the values are 0 to 1"),
+                                (x.numpy(), y, "images are of the kind ndarray")):
+        with pytest.raises(UserError, match=says) as e: Labelled(ids, images, masks, 2)
+        assert "\n" not in str(e.value)
+    assert len(Labelled(ids, x, y + 255, np.int64(2))) == 4
+    with pytest.raises(UserError, match="tags have the shape"): Images(ids, x, torch.zeros(3, 2))
+    with pytest.raises(UserError, match="crop 'big' is not a size"): Images(ids, x, crop="big")
+
+
+def three_sets(n_classes=3, size=(6, 8), tags=None):
+    a = in_memory(6, size, n_classes)
+    part = [slice(0, 2), slice(2, 4), slice(4, 6)]
+    lab, unl, val = ((a.ids[s], a.images[s], a.masks[s]) for s in part)
+    return Labelled(*lab, n_classes), Images(*unl[:2], tags), Labelled(*val, n_classes)
+
+
+def test_a_task_refuses_sets_that_do_not_fit_together():
+    lab, unl, val = three_sets()
+    assert Task("x", tuple("abc"), class_palette(3), lab, unl, val).n_classes == 3
+    with pytest.raises(UserError, match="'labelled' has 3 classes, but the task names 2"): Task("x", ("a", "b"), class_palette(2), lab, unl, val)
+    with pytest.raises(UserError, match=r"Unlabelled images are \(5, 5\)"): Task("x", tuple("abc"), (), lab, three_sets(size=(5, 5))[1], val)
+    with pytest.raises(UserError, match="have 2 columns, but there are 3"): Task("x", tuple("abc"), (), lab, three_sets(tags=torch.ones(2, 2))[1], val)
+
+
+def test_the_fingerprint_changes_with_every_byte_and_with_nothing_else():
+    def make(change=None):
+        lab, unl, val = three_sets(tags=torch.ones(2, 3))
+        if change: change(lab, unl, val)
+        return Task("x", tuple("abc"), (), lab, unl, val)
+    first = make()
+    assert first.fingerprint == make().fingerprint and len(first.fingerprint) == 16 and int(first.fingerprint, 16) >= 0
+    changes = [lambda a, b, c: a.masks[1, 0, 0].add_(1).remainder_(3), lambda a, b, c: a.images[0].bitwise_xor_(1), lambda a, b, c: b.images[1, 2, 5].bitwise_xor_(1),
+               lambda a, b, c: c.masks[0, 3].fill_(255), lambda a, b, c: b.tags[0, 0].zero_()]
+    others = [make(change) for change in changes]
+    assert len({first.fingerprint, *(t.fingerprint for t in others)}) == 6 and {t.split_id for t in others} == {first.split_id}
+    assert first.describe()["fingerprint"] == first.fingerprint and first.describe()["crop"] is None
+
+
+def test_loaders_take_nothing_from_the_global_generator(tmp_path):
+    for i in range(6): picture(tmp_path / f"{i}.png", seed=i)
+    disk = Images(list("abcdef"), Files([tmp_path / f"{i}.png" for i in range(6)], read_image, (3, 12, 16)))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        for batches in (loader(disk, 2, workers=workers, crop=8), one_pass(disk, 2, workers=workers)): next(batches)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_mean_does_not_depend_on_where_a_set_lies(tmp_path):
+    for i in range(7): picture(tmp_path / f"{i}.png", seed=i)
+    files = Files([tmp_path / f"{i}.png" for i in range(7)], read_image, (3, 12, 16))
+    disk, memory = Images(range(7), files), Images(range(7), files.in_memory())
+    assert image_mean(disk) == image_mean(memory) and image_mean(disk, at_most=2, large=0) == image_mean(memory, at_most=2, large=0) != image_mean(disk)
+
+
+def test_sizes_may_be_numpy_numbers():
+    assert as_size(np.int64(8)) == (8, 8) and as_size((np.int32(4), 5)) == (4, 5) and all(type(v) is int for v in as_size([np.int64(3), 4]))
+    for wrong in (True, 0, -4, 1.5, np.float64(8), (1, 2, 3), (4, True), "8"):
+        with pytest.raises(UserError, match="is not a size"): as_size(wrong)

@@ -1,5 +1,10 @@
 """One's own images: reading, layouts, mistakes in one sentence, the doctor, splits."""
 import io
+import json
+import random
+import re
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +12,7 @@ import torch
 from helpers import mask, official_folder, picture, plain_folder
 from PIL import Image
 
-from semiseg_nb.catalogue import load_task
+from semiseg_nb.catalogue import load_split, load_task
 from semiseg_nb.core import UserError
 from semiseg_nb.folders import check_folder, cut
 from semiseg_nb.pictures import image_size, read_image, read_mask
@@ -214,3 +219,223 @@ def test_doctor_does_not_call_blank_tiles_a_leak(official):
     for path in ("images/train/t1.png", "images/val/v0.png"): Image.new("RGB", (16, 12)).save(official / path)
     report = check_folder(official)
     assert report.ok and sum("one flat colour" in n for n in report.notes) == 2
+
+
+# ---------------------------------------------------------------- folders as people have them
+def refused(root, says, **options):
+    "Training and the doctor refuse alike, in one sentence"
+    with pytest.raises(UserError, match=says) as e: load_task("folder", root, **{"n_labelled": 3, **options})
+    assert "\n" not in str(e.value)
+    assert any(re.search(says, p) for p in check_folder(root).problems)
+
+
+def disc(size=48):
+    y, x = np.mgrid[:size, :size]
+    return ((x - 20) ** 2 + (y - 25) ** 2 < 150).astype(np.uint8)
+
+
+def write_masks(root, make, n=10, size=48):
+    for i in range(20): picture(root / "images" / f"p{i:02d}.png", (size, size), seed=i)
+    (root / "masks").mkdir(exist_ok=True)
+    for i in range(n): make(i, root / "masks" / f"p{i:02d}.png")
+    return root
+
+
+def through_jpeg(a):
+    buffer = io.BytesIO()
+    Image.fromarray(a).save(buffer, "JPEG", quality=20)
+    return Image.open(buffer)
+
+
+def test_blurred_masks_are_refused(tmp_path):
+    small = (Image.fromarray(disc() * 255).resize((24, 24), Image.BILINEAR)).resize((48, 48), Image.BILINEAR)
+    for name, blurred in (("smooth", small), ("jpeg", through_jpeg(disc() * 255))):
+        (tmp_path / name).mkdir()
+        refused(write_masks(tmp_path / name, lambda i, p, b=blurred: b.save(p)), r"holds \d+ values, most of them in a few pixels, and so do 9 others.* 0, 255 look like classes")
+
+
+def test_many_real_classes_are_not_called_blurred(tmp_path):
+    r = np.random.default_rng(0)
+    def make(i, p): Image.fromarray(np.kron(r.integers(0, 120, (3, 3)), np.ones((16, 16))).astype(np.uint8)).save(p)
+    assert load_task("folder", write_masks(tmp_path, make), n_labelled=3).n_classes > 60
+
+
+def test_zero_and_one_beside_zero_and_255_are_refused(tmp_path):
+    refused(write_masks(tmp_path, lambda i, p: Image.fromarray(disc() * (255 if i % 2 else 1)).save(p)), r"holds 0 and 1, but .* hold 0 and 255")
+
+
+def test_unknown_pixels_beside_one_class_are_not(tmp_path):
+    def make(i, p):
+        a = disc()
+        a[:3] = 255
+        Image.fromarray(a).save(p)
+    assert load_task("folder", write_masks(tmp_path, make), n_labelled=3).n_classes == 2
+
+
+def test_palettes_that_number_their_colours_anew_are_refused(tmp_path):
+    def make(i, p):
+        a = Image.fromarray(1 - disc() if i % 2 else disc())
+        a.putpalette([0, 0, 0, 240, 180, 40][:: 1] if i % 2 == 0 else [240, 180, 40, 0, 0, 0])
+        a.save(p)
+    refused(write_masks(tmp_path, make), r"The colour \(.*\) is the value . in .*, but . in .*: the palettes number")
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
+def test_upright_masks_of_turned_pictures(tmp_path, ending):
+    for flag in (1, 3, 6, 8):
+        root, exif = tmp_path / str(flag), Image.Exif()
+        exif[274] = flag
+        for i in range(8):
+            picture(root / "images" / f"p{i}.{ending}", seed=i)
+            x = Image.open(root / "images" / f"p{i}.{ending}").convert("RGB")
+            x.save(root / "images" / f"p{i}.{ending}", exif=exif)
+            if i < 4: mask(root / "masks" / f"p{i}.png", size=(16, 12) if flag > 4 else (12, 16), seed=i)
+        task = load_task("folder", root, n_labelled=2)
+        assert task.size == ((16, 12) if flag > 4 else (12, 16)) and check_folder(root).ok
+        if flag < 5: continue
+        for i in range(4): mask(root / "masks" / f"p{i}.png", seed=i)
+        refused(root, "the camera held the picture on its side", n_labelled=2)
+
+
+@pytest.mark.parametrize("factor, white", [(1, 255), (16, 4095), (257, 65535)])
+def test_every_depth_reaches_training_with_its_contrast(plain, factor, white):
+    for p in (plain / "images").glob("*.png"): Image.fromarray(np.asarray(Image.open(p).convert("L")).astype(np.uint16) * factor).save(p)
+    dark = plain / "images/p03.png"
+    Image.fromarray((np.asarray(Image.open(dark)) // 8).astype(np.uint16)).save(dark)
+    task, report = load_task("folder", plain, n_labelled=None), check_folder(plain)
+    assert len(task.labelled.images.unique()) > 150 and task.unlabelled.images.max() > 240
+    assert not any("flat" in n for n in report.notes) and any(f"the value {white} becomes white" in n for n in report.notes)
+    every = dict(zip(task.labelled.ids + task.val.ids, [*task.labelled.images, *task.val.images]))
+    assert every["p03"].max() < 40, "the same white for the whole folder: a dark picture stays dark"
+
+
+def test_nan_is_unknown_and_fractions_are_refused(plain):
+    for p in list((plain / "masks").glob("*.png")):
+        a = np.asarray(Image.open(p)).astype(np.float32)
+        a[:3] = np.nan
+        p.unlink()
+        Image.fromarray(a).save(p.with_suffix(".tif"))
+    task = load_task("folder", plain, n_labelled=3)
+    assert task.labelled.masks[:, :3].unique().tolist() == [255] and task.n_classes == 3
+    Image.fromarray(np.full((12, 16), 0.5, np.float32)).save(plain / "masks/p01.tif")
+    refused(plain, r"p01.tif' holds the value 0.5, which is no whole number")
+
+
+def test_classes_come_from_all_masks_of_the_folder(plain):
+    mask(plain / "masks/p07.png", values=(0, 1, 2, 3))
+    assert {load_task("folder", plain, n_labelled=3, split_seed=s).n_classes for s in range(6)} == {4}
+    assert load_split("folder", plain, "train", ids=["p01", "p02"]).n_classes == 4
+
+
+def test_what_is_not_used_is_noted_with_number_and_reason(official):
+    for i in range(3):
+        picture(official / f"images/train/extra{i}.png")
+        (official / f"images/train/extra{i}.png").rename(official / f"images/train/extra{i}.heic")
+        picture(official / f"images/loose{i}.png")
+        picture(official / f"images/train/camera/n{i}.png")
+        (official / f"images/train/gone{i}.png").symlink_to("/nowhere/x.png")
+        mask(official / f"masks/test/t{i}.png")
+    (official / "images/train/Thumbs.db").write_bytes(b"")
+    with pytest.warns(UserWarning) as said: task = load_task("folder", official, n_labelled=4)
+    notes = check_folder(official).notes
+    assert len(task.unlabelled) == 8 and len(notes) == 5 and all(n.startswith("3 file(s) in ") and n in str(said[0].message) for n in notes)
+    for reason in (r"'\.heic', which is not read", "lie in the folder 'camera'", "links to files that do not exist", "beside the folders of the splits", "no folder 'images/test'"):
+        assert sum(bool(re.search(reason, n)) for n in notes) == 1, reason
+
+
+def test_names_that_look_alike_match(plain):
+    for kind, form in (("images", "NFD"), ("masks", "NFC")):
+        for p in (plain / kind).glob("*.png"): p.rename(p.with_name(unicodedata.normalize(form, "é " + p.name)))
+    names = [unicodedata.normalize("NFD", f"é p{i:02d}") for i in range(9)]
+    held = load_task("folder", plain, n_labelled=None).val.ids
+    task = load_task("folder", plain, n_labelled=3, label_order=[n for n in names if unicodedata.normalize("NFC", n) not in held])
+    assert len(task.labelled) == 3 and len(task.unlabelled) == 15 and check_folder(plain).ok
+
+
+def test_layouts_that_are_not_known(tmp_path, plain):
+    (plain / "masks").rename(plain / "labels")
+    refused(plain, r"has no folder 'masks', only images, labels.*known layouts are")
+    archive = tmp_path / "data.zip"
+    archive.write_bytes(b"PK")
+    refused(archive, "is a file: unpack it")
+    (tmp_path / "outer").mkdir()
+    (plain / "images").rename(tmp_path / "outer/images")
+    refused(tmp_path, r"has no folder 'images' \(is it '.*outer'\?\)")
+
+
+def test_a_picture_that_trains_and_tests_is_refused_or_allowed(official):
+    (official / "images/val/v0.png").write_bytes((official / "images/train/t1.png").read_bytes())
+    refused(official, "are the same picture: a model would be tested on what it was trained on")
+    assert len(load_task("folder", official, n_labelled=3, copies_allowed=True).val) == 3
+
+
+def test_small_things_of_data_folders(tmp_path, plain):
+    (plain / "classes.txt").write_bytes(b"\xef\xbb\xbfsky\nroad\ncar\n")
+    assert load_task("folder", plain, n_labelled=3).classes == ("sky", "road", "car")
+    info = {"classes": [{"id": 0}, {"id": 1, "name": "b", "color": "#ff8000"}, "c"]}
+    (plain / "dataset.json").write_text(json.dumps(info), encoding="utf-8-sig")
+    task = load_task("folder", plain, n_labelled=3)
+    assert task.classes == ("class 0", "b", "c") and task.palette[1] == (255, 128, 0)
+    (plain / "2024").mkdir()
+    for kind in ("images", "masks"): (plain / kind).rename(plain / "2024" / kind)
+    assert load_task("folder", plain / "2024", n_labelled=3).name == "2024"
+    for p in [*(plain / "2024").rglob("*.png")]: p.rename(p.with_name(p.name.replace("p", "img ", 1)))
+    order = tmp_path / "order.txt"
+    held = load_task("folder", plain / "2024", n_labelled=None).val.ids
+    order.write_text("\n".join(f"img {i:02d}" for i in range(9) if f"img {i:02d}" not in held))
+    assert len(load_task("folder", plain / "2024", n_labelled=2, label_order=order).labelled) == 2
+
+
+def test_forbidden_is_not_called_broken(plain, monkeypatch):
+    "No advice to remove a file that only may not be read"
+    def forbidden(*a, **k): raise PermissionError(13, "Permission denied", str(plain / "images/p03.png"))
+    for spoil in ((Image, "open"), (Path, "iterdir"), (Path, "read_text")):
+        (plain / "classes.txt").write_text("a\nb\nc\n")
+        with monkeypatch.context() as m:
+            m.setattr(*spoil, forbidden)
+            with pytest.raises(UserError, match=r"permission denied\): give your account the right") as e: load_task("folder", plain, n_labelled=3)
+            assert "remove" not in str(e.value)
+
+
+# ---------------------------------------------------------------- odd manifests: a seeded fuzz
+DEEP = "[" * 3000 + "]" * 3000
+ODD = ["null", "true", "0", "-1", "1e999", "1" + "0" * 400, "9" * 5000, '""', '"a"', '"\\u0000"', '"../x"', "[]", "{}", "[[]]", '[{"id": 0}]', '{"seed0": 5}', '{"seed0": [1, null]}',
+       '{"seed0": ["t0", "t0"]}', '["a", "a"]', '["a", 5]', '[{"id": true, "name": "a"}, {"id": 1}]', '[{"id": 0, "name": "a", "color": [1, 2]}, "b"]', '[{"id": 0, "color": "red"}, "b"]',
+       '{"w0": [true]}', '{"w0": [1.5]}', '{"w0": {"a": 1}}', '{"w0": [[0]]}', "NaN", DEEP, '"' + "x" * 5000 + '"']
+ENTRIES = ["name", "classes", "label_order", "weak_labels", "loading_hint"]
+
+
+def mutated(kind, raw, r):
+    "One manifest gone wrong: an entry of another kind, bytes flipped, cut, doubled, or no text at all"
+    how = r.choice(["entry", "entry", "flip", "cut", "binary", "whole"] if kind == "json" else ["flip", "cut", "binary", "whole"])
+    if how == "entry":
+        name, odd = r.choice(ENTRIES), r.choice(ODD)
+        rest = {k: v for k, v in json.loads(raw).items() if k != name}
+        return (json.dumps(rest)[:-1] + f', "{name}": {odd}}}').encode()
+    if how == "whole": return r.choice(ODD).encode()
+    if how == "cut": return raw[: r.randrange(len(raw))]
+    if how == "binary": return bytes(r.randrange(256) for _ in range(r.randrange(200)))
+    raw = bytearray(raw)
+    for _ in range(r.randrange(1, 6)): raw[r.randrange(len(raw))] = r.randrange(256)
+    return bytes(raw)
+
+
+def test_any_odd_manifest_is_one_sentence_that_names_it(official):
+    "200 mutations of dataset.json, classes.txt and lists: a task, or a UserError, and the doctor never stops"
+    r, orders = random.Random(0), official / "order.txt"
+    good = {"dataset.json": (official / "dataset.json").read_bytes(), "classes.txt": b"sky\nroad\ncar\n",
+            "order.txt": b"t3\nt5\nt1\nt0\n", "order.json": b'["t3", "t5", "t1", "t0"]'}
+    refusals = 0
+    for k in range(200):
+        name = r.choice(list(good))
+        for other, raw in good.items(): (official / other).write_bytes(raw)
+        if name == "classes.txt": (official / "dataset.json").unlink()
+        (official / name).write_bytes(mutated("json" if name == "dataset.json" else "text", good[name], r))
+        orders = official / name if name.startswith("order") else None
+        try: load_task("folder", official, n_labelled=2, unlabelled_from="weak", label_order=orders).describe()
+        except UserError as e:
+            refusals += 1
+            assert "\n" not in str(e) and len(str(e)) < 1200, (k, str(e)[:300])
+            assert name in str(e) or any(w in str(e) for w in ("label_order names", "with 2 classes", "training images", "no labelled image", "split_seed")), (k, name, str(e)[:300])
+        if not name.startswith("order") and k % 10 == 0: str(check_folder(official))
+    assert 100 < refusals < 200
