@@ -510,7 +510,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'semiseg_nb.engine.evaluate': ('engine.html#evaluate', 'semiseg_nb/engine.py'),
                                    'semiseg_nb.engine.finish': ('engine.html#finish', 'semiseg_nb/engine.py'),
                                    'semiseg_nb.engine.fit': ('engine.html#fit', 'semiseg_nb/engine.py'),
-                                   'semiseg_nb.engine.hyperparameters': ('engine.html#hyperparameters', 'semiseg_nb/engine.py'),
                                    'semiseg_nb.engine.images_at_once': ('engine.html#images_at_once', 'semiseg_nb/engine.py'),
                                    'semiseg_nb.engine.make_accelerator': ('engine.html#make_accelerator', 'semiseg_nb/engine.py'),
                                    'semiseg_nb.engine.one_line': ('engine.html#one_line', 'semiseg_nb/engine.py'),
