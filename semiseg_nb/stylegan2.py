@@ -170,7 +170,7 @@ FORMS = {"scaled": scaled, "grouped": grouped}
 
 
 class ModulatedConv(nn.Module):
-    "A convolution whose input channels are weighted by each image's style, then brought back to unit variance"
+    "A convolution whose inputs are weighted by each image's style, then brought back to unit variance"
 
     @checked
     def __init__(
