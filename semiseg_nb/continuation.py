@@ -142,6 +142,7 @@ def judge_losses(
 class Continuation(Supervised):
     "A discriminator of masks pushes a trained network; at first it learns alone"
     name, title, paper = "continuation_adv", "Continuation, adversarial", "KAIST poster, Team 20"
+    alone = False
     baseline: ClassVar[dict] = {"adversarial": 0.0}
 
     @checked
@@ -314,6 +315,8 @@ def continuation(
 def row_name(record: dict) -> str:
     "How a row is called; records of the first edition carry a mode, a judge and a signal"
     p, method = record["params"], record["method"]
+    known = {"Continuation": "adv", "SemiContinuation": "semi", "WeakContinuation": "semi+wsl"}
+    if p.get("class") in known: return known[p["class"]]
     if method.startswith("continuation_"): return method.removeprefix("continuation_")
     if method != "continuation": return f"{method}, continued"
     if p.get("mode") in ("adv", "control", "cct"): return p["mode"]

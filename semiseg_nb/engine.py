@@ -52,6 +52,7 @@ class Method(nn.Module):
     "Networks, their optimisers, and the paper's updates; subclasses write `updates` and `predict`"
     name, title, paper = "", "", ""  # in records; as people write it; where it comes from
     model = ""  # in records, for a method that builds its own networks
+    alone = True  # False: a stage of a recipe, or a generator of images that labels none
     uses_unlabelled = True
     baseline: dict | None = None  # settings at which a step is exactly that of the supervised baseline
     accelerator: Accelerator | None = None  # of the last `fit`

@@ -289,6 +289,7 @@ def belief_of(
 class SemanticEncoder(Method):
     "An encoder into a frozen generator: `predict` encodes, optimises, and reads the label off"
     name, title, paper = "semanticgan_encoder", "SemanticGAN, encoder", "arXiv 2104.05833"
+    alone = False
     model = "stylegan2"
 
     @checked
