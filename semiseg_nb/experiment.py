@@ -153,6 +153,7 @@ def run(
     params = params_of(stages, what, settings, width, unlabelled_batch or batch_size, score_on)
     more = {"variant": variant, "clip": clip, "start": first if weights or pretrained else None}
     params |= {k: v for k, v in more.items() if v is not None}
+    params |= getattr(method, "extra", {})                                 # what a recipe notes besides, e.g. its start
     if accelerator.num_processes > 1: params["processes"] = accelerator.num_processes
     last, found = stages[-1], None
     if last[0].method is method and last[0].scored: found = last[1].result
