@@ -118,12 +118,12 @@ def begin(
     steps: int,  # of that training
     tag_steps: int,  # of its classifier, where there are tags
     cct: dict,  # its settings
-) -> Generator:  # returns what a record says of a given start: its label, and the score of its own run
+) -> Generator:  # returns what a record says of a given start: {"start": {"name", "miou"}}, or {}
     "Stages after which the network is the start, its BatchNorm frozen; none where a checkpoint is given"
     if start is not None:
         state = read_start(start)
         scores = [row["miou"] for row in state["run"].get("history", []) if "miou" in row]
-        return {"start": load_start(net, state, task)} | ({"start miou": scores[-1]} if scores else {})
+        return {"start": {"name": load_start(net, state, task), "miou": scores[-1] if scores else None}}
     if task.unlabelled.tags is None or task.unlabelled.crop:
         method = yield Stage("cct", CCT(net, task, **cct), steps)
     else: method = yield from cct_weak(net, task, steps, tag_steps=tag_steps, cct=cct)
@@ -316,7 +316,7 @@ def continuation(
     "CCT, and on from there with own labels and a discriminator"
     notes = yield from begin(net, task, start, start_steps, tag_steps, cct or {})
     make = SemiContinuation if task.unlabelled.tags is None else WeakContinuation
-    method = make(net, task, start=notes.get("start"), **(on or {}))
+    method = make(net, task, start=notes["start"]["name"] if notes else None, **(on or {}))
     method.extra = notes
     return (yield Stage("continued", method, steps, scored=True))
 
@@ -357,27 +357,24 @@ def row_name(record: dict) -> str:
 
 
 def result_rows(
-    records: list[dict],  # of `read_records`; those without a start are left out
+    records: list[dict],  # of `read_records`; those without a "start" are left out
 ) -> list[dict]:  # row, seed, start, control, miou, delta (to the control; None without one)
     "Every continued run beside the start and the control of the same seed, split, budget and learning rate"
     same = ("steps", "start", "scored_on", "lr", "views")
     def key(r):
         who = r["dataset"]["split_id"], r["seed"], r["model"], r["encoder"]
         return str([*who, *(r["params"].get(k) for k in same)])
-    def start_of(r):
-        "The score of the start; records of the first edition have a field for it"
-        return r["start"]["miou"] if isinstance(r.get("start"), dict) else r["params"].get("start miou")
-    mine = [r for r in records if start_of(r) is not None]
+    mine = [r for r in records if isinstance(r.get("start"), dict) and r["start"]["miou"] is not None]
     control = {key(r): r["result"]["miou"] for r in mine if row_name(r) == "control"}
     rows = []
     for r in mine:
         miou, base = r["result"]["miou"], control.get(key(r))
         delta = None if base is None else miou - base
-        rows.append({"row": row_name(r), "seed": r["seed"], "start": start_of(r), "control": base,
+        rows.append({"row": row_name(r), "seed": r["seed"], "start": r["start"]["miou"], "control": base,
                      "miou": miou, "delta": delta})
     return sorted(rows, key=lambda r: (r["row"] != "control", r["row"], r["seed"]))
 
-
+# %% ../nbs/21_continuation.ipynb #result-table
 def result_table(rows: list[dict]) -> str:
     "The rows as Markdown; scores and differences in points of mIoU"
     def points(v, form=".1f"):

@@ -153,7 +153,8 @@ def run(
     params = params_of(stages, what, settings, width, unlabelled_batch or batch_size, score_on)
     more = {"variant": variant, "clip": clip, "start": first if weights or pretrained else None}
     params |= {k: v for k, v in more.items() if v is not None}
-    params |= getattr(method, "extra", {})                                 # what a recipe notes besides, e.g. its start
+    extra = getattr(method, "extra", {})                                   # fields that a recipe adds: {"start": {"name": ..., "miou": ...}}
+    params |= {k: v["name"] for k, v in extra.items()}
     if accelerator.num_processes > 1: params["processes"] = accelerator.num_processes
     last, found = stages[-1], None
     if last[0].method is method and last[0].scored: found = last[1].result
@@ -162,7 +163,7 @@ def run(
     for name, (title, module) in rows.items():
         score = found if module is method and found else evaluate(module, on, accelerator=accelerator)
         made = make_record(name, whole, task, score, params, model if needs_net(what) else method.model, encoder,
-                           bool(pretrained or weights), title)
+                           bool(pretrained or weights), title) | extra
         target = records or out_dir
         if target and accelerator.is_main_process: where = write_record(made, target)
         else: where = None
