@@ -346,7 +346,7 @@ def row_name(record: dict) -> str:
     p, method = record["params"], record["method"]
     known = {"Continuation": "adv", "SemiContinuation": "semi", "WeakContinuation": "semi+wsl"}
     if p.get("class") in known: return known[p["class"]]
-    if method.startswith("continuation_"): return method.removeprefix("continuation_")
+    if method.startswith("continuation_"): return method.removeprefix("continuation_").replace("_", "+")
     if method != "continuation": return f"{method.removesuffix('_continued')}, continued"
     if p.get("mode") in ("adv", "control", "cct"): return p["mode"]
     words = [p.get("mode", "semi+wsl")]
