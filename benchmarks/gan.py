@@ -18,10 +18,10 @@ import step
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from semiseg_nb.catalogue import load_task
+from semiseg_nb.catalogue import across, load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import atomic_write, seed_everything
-from semiseg_nb.cyclegan import CycleGAN, across
+from semiseg_nb.cyclegan import CycleGAN
 from semiseg_nb.engine import device_name, make_accelerator, one_step, pairs, prepare
 from semiseg_nb.records import commit, versions
 from semiseg_nb.semanticgan import SemanticGAN

@@ -284,16 +284,15 @@ def read_notes(
         with open(path, "rb") as f: raw = f.read(expected + 1)
     except OSError as e: raise bank_error(path, 0, e) from None
     if not raw.startswith(NOTES_MARK) or len(raw) < head:
-        raise UserError(f"{path} does not hold the notes of a bank, or those of an earlier version: "
-                        f"{anew}.")
+        raise UserError(f"{path} holds no notes of a bank, or those of an earlier version: {anew}.")
     _, rows, bytes_, flushes, changed = NOTES_HEAD.unpack(raw[:head])
     whole = len(raw) == expected and zlib.crc32(raw[:-4]) == int.from_bytes(raw[-4:], "little")
     if not whole and (len(raw) == expected or (rows, bytes_) == (n, width)):
         raise UserError(f"The notes {path} are damaged, their checksum is wrong: take both files "
                         f"from a copy, or {anew}.")
     if (rows, bytes_) != (n, width):
-        raise UserError(f"The notes {path} are of {rows} images with {bytes_} bytes each, not of {n} "
-                        f"with {width}, so the bank is of other images or settings: {anew}.")
+        raise UserError(f"The notes {path} are of {rows} images with {bytes_} bytes each, not of "
+                        f"{n} with {width}, so the bank is of other images or settings: {anew}.")
     places = torch.tensor(list(raw[head:head + n]), dtype=torch.uint8)
     sums = np.frombuffer(raw, "<u4", n, head + n).astype(np.int64)
     return BankNotes(places, torch.from_numpy(sums), flushes, bool(changed))
@@ -352,8 +351,8 @@ def open_notes(
     for stale in path.parent.glob("*.tmp"):  # of a process that was killed while it wrote
         if stale.name.startswith(f".{notes_path.name}."): stale.unlink(missing_ok=True)
     if found and not notes_path.exists():
-        raise UserError(f"{path} has no notes {notes_path.name} beside it, so it is not taken for a "
-                        "bank: delete it if it is one, or choose another file.")
+        raise UserError(f"{path} has no notes {notes_path.name} beside it, so it is not taken for "
+                        "a bank: delete it if it is one, or choose another file.")
     notes = read_notes(notes_path, n, width) if found else BankNotes.blank(n)
     if found != nbytes and (notes.flushes or notes.changed):
         raise UserError(f"The bank {path} has {found} bytes where {nbytes} are expected, so it is "
@@ -390,12 +389,23 @@ class BankFile:
             raise
         OPEN_BANKS[str(self.path.resolve())] = self
 
-    @property
-    def rows(self) -> Tensor:
-        "All places, (2n,width); raises `UserError` when the file was taken over"
-        if self.handle is not None: return torch.from_numpy(self.map)
+    def check_open(self) -> None:
+        "Raise a `UserError` when the file was taken over"
+        if self.handle is not None: return
         raise UserError(f"The bank {self.path} was opened again by a later method of this process: "
                         "give every method a file of its own.")
+
+    @property
+    def rows(self) -> Tensor:
+        "All places, (2n,width)"
+        self.check_open()
+        return torch.from_numpy(self.map)
+
+    def flush(self) -> None:
+        "Bring the rows to the disk"
+        self.check_open()
+        try: self.map.flush()
+        except OSError as e: raise bank_error(self.path, self.map.size, e) from None
 
     def note(self, notes: BankNotes) -> None:
         "Write down what is known from now on"
@@ -429,15 +439,15 @@ class TwoPlaces:
         self.sums = sums.clone()  # of the rows in the live places
 
     def read(self, index: Tensor) -> Tensor:
-        "Rows of these images, copied; zeros where there is none; raises `UserError` for a damaged one"
+        "Rows of these images, copied, zeros where there is none; `UserError` for a damaged one"
         place, empty = self.live[index], self.live[index] == 2
         rows = self.file.rows[place.clamp(max=1).long() * self.n + index]
         rows.masked_fill_(empty[:, None], 0)
         wrong = (row_checksums(rows) != self.sums[index]) & ~empty
         if wrong.any():
             image = int(index[wrong][0])
-            raise UserError(f"The bank {self.file.path} is damaged, the checksum of image {image} is "
-                            "wrong: take both files from a copy, or begin again with resume=False.")
+            raise UserError(f"The bank {self.file.path} is damaged, the checksum of image {image} "
+                            "is wrong: take both files from a copy, or begin again in another file.")
         return rows
 
     def write(self, index: Tensor, rows: Tensor) -> None:
@@ -452,8 +462,7 @@ class TwoPlaces:
         "Make the current places the known ones"
         known = self.file.notes
         if not known.changed and torch.equal(self.live, known.places): return
-        try: self.file.map.flush()  # the rows first, then the note that they are the ones
-        except OSError as e: raise bank_error(self.file.path, self.file.map.size, e) from None
+        self.file.flush()  # the rows first, then the note that they are the ones
         self.file.note(BankNotes(self.live.clone(), self.sums.clone(), known.flushes + 1))
 
 # %% ../nbs/15_bank.ipynb #follows
@@ -469,7 +478,7 @@ def follows(
 
 # %% ../nbs/15_bank.ipynb #row-file
 class FileRows(nn.Module):
-    "Rows in a file: a checkpoint holds their places and checksums, and the rows stay where they are"
+    "Rows in a file: a checkpoint holds their places and checksums, the rows stay in the file"
 
     def __init__(
         self,
@@ -480,8 +489,8 @@ class FileRows(nn.Module):
     ):
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("A bank in a file is for one process: with several use place='device' or "
-                            "'ram'.")
+            raise UserError("A bank in a file is for one process: with several use place='device' "
+                            "or 'ram'.")
         self.two = TwoPlaces(path, n, width, fresh)
         self.register_buffer("live", self.two.live)  # the same tensors: a checkpoint sets them
         self.register_buffer("sums", self.two.sums)
@@ -508,8 +517,8 @@ class FileRows(nn.Module):
         mine = BankNotes(self.live.clone(), self.sums.clone(), int(self.flushes))
         if not follows(known, mine):
             raise UserError(f"The checkpoint belongs to state {mine.flushes} of the bank "
-                            f"{self.two.file.path}, which is at state {known.flushes}, of this run or "
-                            "of another: begin again with resume=False.")
+                            f"{self.two.file.path}, which is at state {known.flushes}, of this run "
+                            "or of another: begin again with resume=False.")
         self.two.file.notes = replace(mine, changed=known.changed)
 
 # %% ../nbs/15_bank.ipynb #gathered
@@ -566,11 +575,12 @@ class PredictionBank(nn.Module):
     ):
         super().__init__()
         self.n, self.n_classes, self.size = n, n_classes, tuple(size)
-        self.alpha, self.dtype, self.topk, memory = alpha, dtype, topk, file is None
+        self.alpha, self.dtype, self.topk, filed = alpha, dtype, topk, file is not None
         self.layout = row_layout(n_classes, size, dtype, stride, topk)
         width = bank_bytes(1, n_classes, size, dtype, stride, topk)
-        self.nbytes = n * width * (1 if memory else 2)
-        self.rows = MemoryRows(n, width, place == "device") if memory else FileRows(file, n, width, fresh)
+        self.nbytes = n * width * (1 + filed)
+        if filed: self.rows = FileRows(file, n, width, fresh)
+        else: self.rows = MemoryRows(n, width, follow=place == "device")
 
     def accumulated(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         "Z of these images, (B,C,h,w) float32, and the number of updates where it is stored"
@@ -591,3 +601,7 @@ class PredictionBank(nn.Module):
         fields = average_to_fields(z, count, self.dtype, self.topk)
         rows, index = gather_rows(fields_to_rows(fields)), gather_rows(index)
         self.rows.write(index, rows[last_positions(index)])
+
+    def flush(self) -> None:
+        "Make a bank in a file permanent as it is now"
+        self.rows.flush()

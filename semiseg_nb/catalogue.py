@@ -33,6 +33,8 @@ from semiseg_nb.core import (
     one_of,
 )
 from .data import Files, Images, Labelled, Task, as_size, image_tags
+
+# %% ../nbs/51_catalogue.ipynb #imports-2
 from semiseg_nb.folders import (
     SHARP,
     Folder,
@@ -450,10 +452,10 @@ def _scenes_split(split, size, ids, style, strength):
         rows = [i - SCENES[split][0] for i in index]
     return _scene_set(split, rows, _scene_size(size, style), style, strength, labelled=True)
 
-# %% ../nbs/51_catalogue.ipynb #load-task
+# %% ../nbs/51_catalogue.ipynb #datasets
 DATASETS = ("scenes", "portraits", "folder", "voc", "context", "cityscapes", "pet")
 
-
+# %% ../nbs/51_catalogue.ipynb #load-task
 @checked
 def load_task(
     dataset: str = "scenes",  # one of `DATASETS`

@@ -431,7 +431,7 @@ class CCT(Supervised):
 # %% ../nbs/13_cct.ipynb #weak-method
 class CCTWeak(CCT):
     "CCT whose auxiliary decoders also learn from pseudo-masks"
-    name, title, paper = "cct_pseudo", "CCT with pseudo-masks", "arXiv 2003.09005"
+    name, title, paper = "cct_weak", "CCT with image-level tags", "arXiv 2003.09005"  # the recipe's
     baseline: ClassVar[dict] = {"weight": 0.0, "weak_weight": 0.0}
 
     @checked

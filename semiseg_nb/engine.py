@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATE', 'Method', 'settings', 'optimise', 'average_gradients', 'images_at_once', 'evaluate', 'make_accelerator',
            'Run', 'peak_memory_mb', 'device_name', 'NonFiniteLoss', 'Log', 'check_finite', 'one_step', 'run_identity',
-           'difference', 'Saver', 'check_state', 'Scorer', 'one_line', 'fit', 'finish', 'prepare', 'pairs',
-           'hyperparameters', 'Stage', 'recipe']
+           'difference', 'Saver', 'check_state', 'Scorer', 'one_line', 'fit', 'finish', 'prepare', 'pairs', 'Stage',
+           'recipe']
 
 # %% ../nbs/07_engine.ipynb #imports
 import resource
@@ -52,6 +52,7 @@ class Method(nn.Module):
     "Networks, their optimisers, and the paper's updates; subclasses write `updates` and `predict`"
     name, title, paper = "", "", ""  # in records; as people write it; where it comes from
     model = ""  # in records, for a method that builds its own networks
+    alone = True  # False: a stage of a recipe, or a generator of images that labels none
     uses_unlabelled = True
     baseline: dict | None = None  # settings at which a step is exactly that of the supervised baseline
     accelerator: Accelerator | None = None  # of the last `fit`
@@ -60,7 +61,6 @@ class Method(nn.Module):
     def __init__(self):
         super().__init__()
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
-        self.stats = {}
 
     def updates(self, lab: dict, unl: dict | None, clock: Clock) -> Iterator[tuple]:
         "Yield (optimiser name, {loss: scalar}) or (name, {loss: scalar}, {statistic: scalar}) in the paper's order"
@@ -253,7 +253,7 @@ def one_step(
     values, factor, updates = {}, method.lr_factor(clock), method.updates(lab, unl, clock)
     while True:
         with accelerator.autocast(): update = next(updates, None)
-        if update is None: return values | method.stats
+        if update is None: return values
         name, losses, *statistics = update
         optimiser = method.optimisers[name]
         for group in optimiser.param_groups: group["lr"] = group["initial_lr"] * factor
@@ -497,9 +497,6 @@ def pairs(
     labelled = batches(task.labelled, batch_size, seed)
     if not method.uses_unlabelled: return ((lab, None) for lab in labelled)
     return zip(labelled, batches(task.unlabelled, unlabelled_batch, seed + 1))
-
-# %% ../nbs/07_engine.ipynb #hyperparameters
-def hyperparameters(method): return {k: v for k, v in settings(method).items() if isinstance(v, (bool, int, float, str))}
 
 # %% ../nbs/07_engine.ipynb #stage
 @dataclass

@@ -40,7 +40,7 @@ def methods() -> dict[str, type | Callable]:  # name -> class or recipe, in the 
         if module.name.split(".")[1].startswith("_") or module.name.split(".")[1] in ABOVE: continue
         for thing in vars(importlib.import_module(module.name)).values():
             own = getattr(thing, "__module__", None) == module.name and vars(thing).get("name")
-            if own and (inspect.isfunction(thing) or (inspect.isclass(thing) and issubclass(thing, Method))): found[own] = thing
+            if own and (inspect.isfunction(thing) or (inspect.isclass(thing) and issubclass(thing, Method) and thing.alone)): found[own] = thing
     return dict(sorted(found.items()))
 
 
@@ -156,7 +156,7 @@ def run(
     if accelerator.num_processes > 1: params["processes"] = accelerator.num_processes
     last, found = stages[-1], None
     if last[0].method is method and last[0].scored: found = last[1].result
-    rows, whole = method.rows(), whole_run(stages)
+    rows, whole = method.rows() if inspect.isclass(what) else {what.name: (what.title, method)}, whole_run(stages)
     record = path = None
     for name, (title, module) in rows.items():
         score = found if module is method and found else evaluate(module, on, accelerator=accelerator)
@@ -183,7 +183,7 @@ def run_folder(out: Path, told: dict, task: Task, data: dict | None, accelerator
 def params_of(stages: list, what, settings: dict, width: int, unlabelled_batch: int, score_on: str) -> dict:
     "All settings for the record: those of the last stage under their own names, of others after the name of the stage"
     params = {"width": width, "unlabelled_batch": unlabelled_batch, "scored_on": score_on}
-    if not inspect.isclass(what): params |= own_settings(what) | settings
+    if not inspect.isclass(what): params |= own_settings(what) | settings | {"class": type(stages[-1][0].method).__name__}
     for stage, _ in stages[:-1]: params |= recorded(stage, f"{stage.name} ") | {f"{stage.name} steps": stage.steps}
     return {k: v for k, v in (params | recorded(stages[-1][0])).items() if v is not None}
 

@@ -89,7 +89,7 @@ def files_by_stem(
     "The files of a folder that have one of the endings; raises `UserError` when two files share a stem"
     return _sort_out(folder, endings)[0]
 
-
+# %% ../nbs/50_folders.ipynb #stems-2
 def seeded_order(
     names,  # in whatever order
     seed: int,
@@ -180,7 +180,7 @@ def _colour_of(value: object) -> tuple | None:
     if not isinstance(value, list) or len(value) != 3: return None
     return tuple(value) if all(type(c) is int and 0 <= c <= 255 for c in value) else None
 
-
+# %% ../nbs/50_folders.ipynb #read-folder-2
 def _read_classes(root: Path, info: dict) -> tuple:
     "(names, colours) from dataset.json or classes.txt; (None, None) leaves them to the masks"
     path, names, palette = root / "classes.txt", [], None
@@ -347,7 +347,7 @@ def _label_order(folder: Folder, split_seed: int, stems: list) -> list:
                         "stand in it once.")
     return names
 
-
+# %% ../nbs/50_folders.ipynb #parts-2
 def folder_parts(
     folder: Folder,
     split_seed: int,
@@ -394,7 +394,7 @@ def by_label_order(
     named = {i.id for i in order}
     return order, [i for i in items if i.id not in named]
 
-
+# %% ../nbs/50_folders.ipynb #parts-3
 def items_of_split(folder: Folder, name: str) -> list:
     "The items of a further split; raises `UserError` when it is empty"
     items = list(folder.split(name).values())
@@ -537,7 +537,7 @@ def check_folder(root: str | Path) -> Report:
     if "loading_hint" in folder.info: report.notes.append(folder.info["loading_hint"])
     return report
 
-
+# %% ../nbs/50_folders.ipynb #doctor-2
 def _diagnose_copies(report: Report, items: list) -> None:
     "Add a problem for the same picture in two splits, where one trains and the other measures, else a note"
     for first, *others in copies(items):

@@ -9,16 +9,19 @@ __all__ = ['PAIRED', 'TARGETS', 'STRENGTHS', 'KEPT', 'first', 'styled', 'shifts'
 # %% ../nbs/44_out_of_domain.ipynb #imports
 import copy
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .augment import PHOTO, Policy, flip_crop, randaugment
-from .catalogue import PORTRAITS, SCENES, load_split, portraits
-from .core import UserError, in_range, one_of
+from .catalogue import load_split
+from .core import Fraction, UserError, Whole, checked, in_range, one_of
 from .data import Images, Labelled, Task, one_pass
 from .engine import evaluate
 from .inversion import hats
+from .models import batch_norms
 from .scenes import STYLES
 
 # %% ../nbs/44_out_of_domain.ipynb #styled
@@ -34,52 +37,59 @@ def first(
     "The first n images of a set"
     if n is None or n >= len(found): return found
     index = torch.arange(n)
-    return Labelled(found.ids[:n], found.images.index_select(0, index), found.masks.index_select(0, index), found.n_classes)
+    images, masks = found.images.index_select(0, index), found.masks.index_select(0, index)
+    return Labelled(found.ids[:n], images, masks, found.n_classes)
 
 
+@checked
 def styled(
     dataset: str,  # one of `PAIRED`
     split: str = "val",  # train, val, tune
     style: str = "photo",  # "photo" or one of `TARGETS`
-    strength: float = 1.0,  # in [0,1]
+    strength: Fraction = 1.0,
     size: int | tuple = 32,
-    n: int | None = None,  # only the first n
+    n: Whole | None = None,  # only the first n
 ) -> Labelled:
     "A split of generated images in a style: the same layouts and masks, whatever the style"
-    one_of(split, SCENES if one_of(dataset, PAIRED, "dataset") == "scenes" else PORTRAITS, "split")
-    in_range("strength", strength, 0, 1)
+    one_of(dataset, PAIRED, "dataset")
+    one_of(style, STYLES, "style")
     side = size if isinstance(size, int) else size[0]
-    if dataset == "scenes": return first(load_split("scenes", split=split, size=side, style=style, strength=strength), n)
-    return first(portraits(split, side, one_of(style, STYLES, "style"), float(strength)), n)
+    return first(load_split(dataset, split=split, size=side, style=style, strength=strength), n)
 
 # %% ../nbs/44_out_of_domain.ipynb #shifts
 def shifts(
     dataset: str = "portraits",  # "portraits", "scenes" or "folder"
-    data_root=None,  # of a folder
-    targets=None,  # generated images: styles, None for all; folder: further splits, which must have masks
-    strengths=STRENGTHS,  # generated images: each in [0,1]; 0 is always there
-    size=32,  # as for `load_task`
+    data_root: str | Path | None = None,  # of a folder
+    targets: Sequence | None = None,  # generated images: styles, None for all; folder: further splits with masks
+    strengths: Sequence = STRENGTHS,  # generated images: each in [0,1]; 0 is always there
+    size: int | tuple | None = 32,  # as for `load_task`
     n: int | None = None,  # only the first n images of each set
     stretch: bool = False,
     classes: tuple | None = None,  # folder without a list of classes: `task.classes`
 ) -> dict:  # target -> {strength: `Labelled`}; 0 is the source's validation set, one object for all targets
     "The validation sets of an out-of-domain experiment; raises `UserError` for a target that is not there or has no masks"
     if dataset not in (*PAIRED, "folder"):
-        raise UserError(f"dataset '{dataset}' has no second domain here: use {', '.join(PAIRED)}, or a folder with further splits.")
+        raise UserError(f"dataset '{dataset}' has no second domain here: use {', '.join(PAIRED)}, or a folder with "
+                        "further splits.")
     names = list(targets or (TARGETS if dataset in PAIRED else ()))
-    if {"train", "val"} & {*names}: raise UserError(f"targets {names} has the source's own train or val: name further splits.")
-    if not names: raise UserError("targets is empty: name the splits of the folder that hold the other domain, e.g. ['ood_histology'].")
+    if {"train", "val"} & {*names}:
+        raise UserError(f"targets {names} has the source's own train or val: name further splits.")
+    if not names:
+        raise UserError("targets is empty: name the splits of the folder that hold the other domain, "
+                        "e.g. ['ood_histology'].")
     if dataset == "folder":
         options = dict(size=size, stretch=stretch, classes=classes)
         found = {name: load_split(dataset, data_root, name, **options) for name in ("val", *names)}
         bare = next((name for name, ds in found.items() if not isinstance(ds, Labelled)), None)
-        if bare: raise UserError(f"split '{bare}' has images without a mask: it cannot be scored, choose another target.")
+        if bare:
+            raise UserError(f"split '{bare}' has images without a mask: it cannot be scored, choose another target.")
         source = first(found.pop("val"), n)
         return {name: {0.0: source, 1.0: first(ds, n)} for name, ds in found.items()}
     for name in names: one_of(name, TARGETS, "target")
     for s in strengths: in_range("strength", s, 0, 1)
     source = styled(dataset, size=size, n=n)
-    return {name: {0.0: source} | {float(s): styled(dataset, "val", name, s, size, n) for s in strengths if s > 0} for name in names}
+    def away(name): return {float(s): styled(dataset, "val", name, s, size, n) for s in strengths if s > 0}
+    return {name: {0.0: source} | away(name) for name in names}
 
 # %% ../nbs/44_out_of_domain.ipynb #recolour
 def recolour(
@@ -88,7 +98,7 @@ def recolour(
     knots: int = 8,
     ridge: float = 1e-7,  # keeps knots that no pixel comes near at 0
 ) -> Tensor:  # (B,3,H,W) in [0,1]
-    "Each image of x under the best colour curves for it, in the sense of least squares; needs the paired goal, so it is a diagnosis and no method"
+    "Each image of x under the colour curves that are best by least squares: a diagnosis, for it needs the paired goal"
     basis = hats(x.double().flatten(2).mT, knots).flatten(2)  # (B,HW,3*knots)
     normal = basis.mT @ basis + ridge * basis.shape[1] * torch.eye(basis.shape[2], dtype=basis.dtype, device=x.device)
     heights = torch.linalg.solve(normal, basis.mT @ goal.double().flatten(2).mT)
@@ -108,7 +118,7 @@ KEPT = ("miou", "iou_per_class", "pixel_accuracy", "ece")
 
 
 def scores(
-    method,  # a `Method`, or any module that maps images to logits
+    net: nn.Module,  # a `Method`, or any module that maps images to logits
     sets: dict,  # of `shifts`
     batch_size: int = 64,
     accelerator=None,
@@ -117,7 +127,7 @@ def scores(
     known, rows = {}, []
     for target, by_strength in sets.items():
         for strength, dataset in by_strength.items():
-            if id(dataset) not in known: known[id(dataset)] = evaluate(method, dataset, batch_size, accelerator)
+            if id(dataset) not in known: known[id(dataset)] = evaluate(net, dataset, batch_size, accelerator)
             rows.append({"target": target, "strength": strength} | {k: known[id(dataset)][k] for k in KEPT})
     return rows
 
@@ -151,23 +161,26 @@ def fall(record: dict) -> float:
     return at_source(record) - at_target(record)
 
 # %% ../nbs/44_out_of_domain.ipynb #views
+@checked
 def colour_views(
     fill: tuple = (0.5, 0.5, 0.5),  # mean colour of the data set, for padding
     without: tuple = (),  # operations of `augment.PHOTO` to leave out
-    n: int = 2,  # operations per image
-    strength: float = 0.5,  # in [0,1]
+    n: Whole = 2,  # operations per image
+    strength: Fraction = 0.5,
 ) -> list[Policy]:  # for `Supervised.policies`: applied one after the other
-    "Flip and zoom, then RandAugment over the colour operations but for some; raises `UserError` for one that it does not have"
+    "Flip and zoom, then RandAugment over the colour operations but for some; raises `UserError` for an unknown one"
     for name in without: one_of(name, PHOTO, "operation")
-    return [flip_crop(fill=fill), randaugment(n=n, strength=strength, ops=tuple(o for o in PHOTO if o not in without), fill=fill)]
+    ops = tuple(o for o in PHOTO if o not in without)
+    return [flip_crop(fill=fill), randaugment(n=n, strength=strength, ops=ops, fill=fill)]
 
 # %% ../nbs/44_out_of_domain.ipynb #with-target
+@checked
 def with_target(
     task: Task,  # of the source
     target: str,  # generated images: a style; folder: a split, with or without masks
-    strength: float = 1.0,  # of the style
+    strength: Fraction = 1.0,  # of the style
     dataset: str = "portraits",
-    data_root=None,
+    data_root: str | Path | None = None,
     stretch: bool = False,
 ) -> Task:  # labelled, validation and tuning images of the source, unlabelled images of the target
     "The task of a method that may look at unlabelled images of the target; masks that these may have are dropped"
@@ -176,9 +189,11 @@ def with_target(
         def layout(i): return i.rsplit("/", 1)[-1]
         row = {layout(i): k for k, i in enumerate(found.ids)}
         rows = torch.tensor([row[layout(i)] for i in task.unlabelled.ids])  # the layouts that were unlabelled anyway
-        unlabelled = Images([f"{target}@{strength:g}/{layout(i)}" for i in task.unlabelled.ids], found.images.index_select(0, rows))
+        ids = [f"{target}@{strength:g}/{layout(i)}" for i in task.unlabelled.ids]
+        unlabelled = Images(ids, found.images.index_select(0, rows))
     else:
-        found = load_split(dataset, data_root, split=target, size=task.size, stretch=stretch, classes=task.classes)
+        options = dict(size=task.size, stretch=stretch, classes=task.classes)
+        found = load_split(dataset, data_root, split=target, **options)
         unlabelled = Images(found.ids, found.images, crop=task.unlabelled.crop)
     return Task(task.name, task.classes, task.palette, task.labelled, unlabelled, task.val, task.tune)
 
@@ -191,8 +206,9 @@ def with_statistics(
 ) -> nn.Module:  # a copy in eval mode: equal weights, other running means and variances
     "A network whose BatchNorm layers have the statistics of other images (AdaBN, arXiv 1603.04779)"
     net = copy.deepcopy(net)
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not norms: raise UserError(f"{type(net).__name__} has no BatchNorm layer: there are no statistics to take from the target.")
+    norms = batch_norms(net)
+    if not norms:
+        raise UserError(f"{type(net).__name__} has no BatchNorm layer: there are no statistics to take from the target.")
     for m in net.modules(): m.training = m in norms  # not `.train()`, which a frozen network ignores
     for m in norms:
         m.reset_running_stats()

@@ -206,7 +206,7 @@ def check_values(
     raise UserError(f"Mask '{item.mask}' holds the value {shown}, but with {n_classes} classes "
                     f"the values are 0 to {n_classes - 1}, and 255 for 'unknown'.{hint}")
 
-
+# %% ../nbs/50_pictures.ipynb #survey-2
 def survey(
     items: Sequence,
     table: Tensor | None = None,  # uint8 (256): value in the mask file -> class id
@@ -245,7 +245,7 @@ def _check_mixed(items: Sequence, histograms: Sequence) -> None:
                     f"{len(whites) - 1} others hold 0 and 255, and 255 means 'unknown': write 1 "
                     "for the object in all of them.")
 
-
+# %% ../nbs/50_pictures.ipynb #blurred-2
 def check_colours(
     items: Sequence,  # with masks
     histograms: Sequence,  # int64 (256) of their masks

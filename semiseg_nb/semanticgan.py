@@ -169,6 +169,7 @@ def real_images(
 class SemanticGAN(Method):
     "A generator of images and labels, judged by D_r on images and by D_m on pairs: the first stage"
     name, title, paper = "semanticgan_generator", "SemanticGAN, generator", "arXiv 2104.05833"
+    alone = False
     model = "stylegan2"
     r1_every, path_every = 16, 4  # steps between penalties, as in the paper
     held = ()  # heads that D_m may move without what lies before them; the paper: none

@@ -170,7 +170,7 @@ FORMS = {"scaled": scaled, "grouped": grouped}
 
 
 class ModulatedConv(nn.Module):
-    "A convolution whose input channels are weighted by each image's style, then brought back to unit variance"
+    "A convolution whose inputs are weighted by each image's style, then brought back to unit variance"
 
     @checked
     def __init__(
@@ -527,6 +527,7 @@ def path_length(
 class StyleGAN2(Method):
     "A generator of images like those of a task; works in [-1,1], `sample` returns [0,1]"
     name, title, paper = "stylegan2", "StyleGAN2", "arXiv 1912.04958"
+    alone = False
     model = "stylegan2"
 
     @checked

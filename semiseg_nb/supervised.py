@@ -119,5 +119,5 @@ class Supervised(Method):
             raise UserError(f"The network maps an image of {size[0]}x{size[1]} to {shape[1:]}, but this task "
                             f"needs {(task.n_classes, *size)}: build it with n_classes={task.n_classes}.")
         if self.uses_unlabelled and getattr(self, "mix", 0) > 0 and unlabelled < 2:
-            raise UserError("A single unlabelled image has no partner for CutMix: give an unlabelled batch of "
-                            "at least 2 for each process, or mix=0.")
+            raise UserError("A single unlabelled image has no partner for CutMix: "
+                            "give an unlabelled batch of at least 2 for each process, or mix=0.")

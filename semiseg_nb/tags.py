@@ -71,6 +71,7 @@ def telling_tags(
 class Tagger(Method):
     "Trains a `CAMNet` on image-level tags; `predict` gives its maps at the size of the image"
     name, title, paper = "tagger", "Tagger", "arXiv 1512.04150"
+    alone = False
 
     @checked
     def __init__(

@@ -39,22 +39,22 @@ class TemporalEnsembling(Supervised):
         net: nn.Module,  # images (B,3,H,W) to logits (B,C,H,W)
         task: Task,  # whole images, no random crops
         *,
-        weight: NonNegative = 1.0,  # of the consistency loss, for each pixel; 0 is the supervised baseline
+        weight: NonNegative = 1.0,  # of the consistency loss, for each pixel; 0: the baseline
         alpha: Memory = 0.3,  # how much of the old average an update keeps
         warmup: Fraction = 0.6,  # part of training in which the weight ramps up
         mix: Fraction = 1.0,  # part of the unlabelled views that get a CutMix box
-        threshold: Fraction = 0.8,  # trust a target above this belief; 0: always, as in the paper
+        threshold: Fraction = 0.8,  # trust a target above this belief; the paper: 0
         storage: dict | None = None,  # of the bank: dtype, stride, topk, place, file
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
         super().__init__(net, task, **labelled)
         if task.unlabelled.crop:
-            raise UserError("Temporal Ensembling remembers whole images, but this task cuts random crops: "
-                            "use crop=None.")
+            raise UserError("Temporal Ensembling remembers whole images, but this task cuts random "
+                            "crops: use crop=None.")
         self.weight, self.alpha, self.warmup = weight, alpha, warmup
         self.mix, self.threshold, self.storage = mix, threshold, storage
-        self.bank = PredictionBank(len(task.unlabelled), task.n_classes, task.size, alpha=alpha, fresh=True,
-                                   **storage_settings(storage))
+        self.bank = PredictionBank(len(task.unlabelled), task.n_classes, task.size, alpha=alpha,
+                                   fresh=True, **storage_settings(storage))
 
     def perturb(self, x_w: Tensor, clock: Clock) -> Tensor:
         "The student's view of the weak view x_w, (B,3,H,W)"
@@ -62,7 +62,7 @@ class TemporalEnsembling(Supervised):
 
     @torch.no_grad()
     def opinion(self, x_w: Tensor, z_u: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
-        "What is remembered: logits (B,C,H,W), and the pixels (B,H,W) that speak of the image itself"
+        "What is remembered: logits (B,C,H,W), and the pixels (B,H,W) that are of the image itself"
         return self.ema(x_w), torch.ones_like(box)
 
     def updates(self, lab, unl, clock):
@@ -82,7 +82,8 @@ class TemporalEnsembling(Supervised):
         # 4: the losses; an epoch is a pass over the unlabelled images
         epoch = self.bank.n / (len(x_w) * clock.world)
         w = temporal_weight(clock.step / epoch, self.warmup * clock.total / epoch, self.weight)
-        losses = {"supervised": cross_entropy(z, y), "consistency": w * consistency(z_u, q, trusted, known, "mse")}
+        semi = w * consistency(z_u, q, trusted, known, "mse")
+        losses = {"supervised": cross_entropy(z, y), "consistency": semi}
         yield "net", losses, {"trusted": trusted.sum() / known.sum().clamp(min=1)}
         self.ema.update(self.net)
         # 5: the memory
@@ -100,9 +101,9 @@ class MeanTeacher(Supervised):
         net: nn.Module,  # images (B,3,H,W) to logits (B,C,H,W)
         task: Task,
         *,
-        weight: NonNegative = 3.0,  # of the consistency loss, for each pixel; 0 is the supervised baseline
+        weight: NonNegative = 3.0,  # of the consistency loss, for each pixel; 0: the baseline
         warmup: Fraction = 0.2,  # part of training in which the weight ramps up
-        mix: Fraction = 1.0,  # part of the student's views that get a CutMix box; 0 is the paper's form
+        mix: Fraction = 1.0,  # part of the student's views that get a CutMix box; the paper: 0
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
         super().__init__(net, task, **labelled)
@@ -121,5 +122,6 @@ class MeanTeacher(Supervised):
         if self.mix > 0: x_s, q, valid = paste(clock.boxes(x_w, self.mix), x_s, q, valid)
         z, z_s = jointly(self.net, x, x_s)
         w = self.weight * clock.ramp(self.warmup, "sigmoid")
-        yield "net", {"supervised": cross_entropy(z, y), "consistency": w * self.disagreement(z_s, q, valid)}
+        semi = w * self.disagreement(z_s, q, valid)
+        yield "net", {"supervised": cross_entropy(z, y), "consistency": semi}
         self.ema.update(self.net)

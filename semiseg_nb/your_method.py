@@ -61,4 +61,4 @@ class ICT(Supervised):
     def check(self, task, labelled, unlabelled):
         super().check(task, labelled, unlabelled)
         if self.weight > 0 and unlabelled < 2:
-            raise UserError("ICT mixes two unlabelled images: give an unlabelled batch of 2 or more.")
+            raise UserError("ICT mixes unlabelled images in pairs: give a batch of at least 2.")

@@ -14,6 +14,7 @@ from semiseg_nb.continuation import (
     SemiContinuation,
     WeakContinuation,
     continuation,
+    judge_losses,
     load_start,
     part,
     read_start,
@@ -23,7 +24,6 @@ from semiseg_nb.continuation import (
     start_label,
 )
 from semiseg_nb.core import IGNORE, UserError, seed_everything
-from semiseg_nb.cyclegan import critic_losses
 from semiseg_nb.engine import evaluate, fit, settings
 from semiseg_nb.losses import cross_entropy
 from semiseg_nb.models import batch_norms, build_model
@@ -287,7 +287,7 @@ def test_the_discriminator_learns_from_hidden_padding_and_counts_known_pixels(ta
     p = hide(torch.randn(4, task.n_classes, 32, 32).softmax(1), known)
     assert not p[:, :, :8].any() and torch.allclose(p[:, :, 8:].sum(1), torch.ones(4, 24, 32))
     y = method.masks(torch.rand(4, 3, 32, 32), Clock(3, 10))
-    losses, means = critic_losses(method.D, p, known, y)
+    losses, means = judge_losses(method.D, p, known, y)
     assert y.shape == (4, 32, 32) and set(losses) == {"fake", "real"} and all(torch.isfinite(v) for v in (*losses.values(), *means.values()))
 
 

@@ -1,9 +1,5 @@
 "Out of domain: shifts that change the look and nothing else, what a curve can undo, and two problems that are never mixed"
 import copy
-import importlib.util
-import sys
-from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,11 +33,8 @@ from semiseg_nb.out_of_domain import (
     with_statistics,
     with_target,
 )
-from semiseg_nb.records import read_records
 from semiseg_nb.scenes import make_scenes
 from semiseg_nb.supervised import Supervised
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def rand(*shape, seed=0): return torch.rand(*shape, generator=generator(seed, "test"))
@@ -286,51 +279,6 @@ def test_statistics_by_hand():
 
 def test_a_network_without_batchnorm_has_no_statistics(task):
     with pytest.raises(UserError, match="Conv2d has no BatchNorm layer"): with_statistics(nn.Conv2d(3, 2, 1), task.unlabelled)
-
-
-# ---------------------------------------------------------------- the script
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("out_of_domain_script", ROOT / "scripts/out_of_domain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def arguments(script, monkeypatch, tmp_path, *args) -> Namespace:
-    small = ("--dataset", "scenes", "--n-labelled", "6", "--images", "6", "--width", "4", "--steps", "2", "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["out_of_domain.py", args[0], *small, *args[1:]])
-    return script.arguments()
-
-
-def test_the_script_writes_one_record_for_each_kind_of_views_and_each_target(script, monkeypatch, tmp_path):
-    script.main(arguments(script, monkeypatch, tmp_path, "unet", "--targets", "inverted", "textures"))
-    records, refused = read_records(tmp_path)
-    assert not refused and sorted(r["params"]["variant"] for r in records) == sorted([*script.VIEWS, script.STATISTICS, script.STATISTICS])
-    for r in records:
-        seen = {r["params"]["target"]} if r["params"]["variant"] == script.STATISTICS else {"inverted", "textures"}
-        assert {row["target"] for row in r["out_of_domain"]} == seen and r["profile"] == "smoke" and r["dataset"]["n_labelled"] == 6
-        assert r["result"]["miou"] == pytest.approx(at_source(r)) and r["params"]["scored_on"] == "val, the first 6"
-    held, = (r for r in records if "without" in r["params"]["variant"])
-    assert held["params"]["without"] == "solarize"
-
-
-def test_the_script_adapts_to_a_folder(script, monkeypatch, tmp_path, folder):
-    real = ("--dataset", "folder", "--data-root", str(folder), "--targets", "other", "--size", "16", "--target-images", "other=other_unlabelled")
-    script.main(arguments(script, monkeypatch, tmp_path, "unet", *real, "--n-labelled", "2"))
-    records, _ = read_records(tmp_path)
-    assert sorted(r["params"]["variant"] for r in records) == sorted([*script.VIEWS, script.STATISTICS])
-    assert all([row["strength"] for row in r["out_of_domain"]] == [0.0, 1.0] for r in records)
-
-
-@pytest.mark.parametrize("args, says", [
-    (("unet", "--targets", "inverse"), "target 'inverse' is not known"), (("cyclegan",), "name it with --target"),
-    (("cyclegan", "--target", "foto"), "target 'foto' is not known"), (("uda", "--set", "treshold=1"), "did you mean 'threshold'"),
-])
-def test_the_script_answers_a_mistake_before_training(script, monkeypatch, tmp_path, args, says):
-    with pytest.raises(UserError) as error: script.main(arguments(script, monkeypatch, tmp_path, *args))
-    assert says in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_the_own_splits_are_no_target():

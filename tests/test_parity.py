@@ -24,7 +24,7 @@ HOME = {  # piece of this package -> its module
     "FCDiscriminator": "adversarial", "bce_map": "adversarial", "REAL": "adversarial", "FAKE": "adversarial", "PatchDiscriminator": "adversarial", "Pool": "adversarial",
     "upfirdn2d": "stylegan2", "minibatch_std": "stylegan2", "ModulatedConv": "stylegan2", "Generator": "stylegan2", "Discriminator": "stylegan2",
     "r1_penalty": "stylegan2", "path_penalty": "stylegan2",
-    "inversion_lr": "semanticgan", "sharp_cross_entropy": "semanticgan", "dice_loss": "semanticgan",
+    "inversion_lr": "inversion", "sharp_cross_entropy": "inversion", "squared_dice_loss": "inversion",
 }
 
 
@@ -360,7 +360,7 @@ def test_discriminator_of_stylegan2():
     equal(ours("r1_penalty")(D, v["x"], 10.0).detach(), v["r1_gamma10"])
 
 
-@pytest.mark.parametrize("name, piece, tau", [("ce", "sharp_cross_entropy", 0.1), ("dice", "dice_loss", 0.3)])
+@pytest.mark.parametrize("name, piece, tau", [("ce", "sharp_cross_entropy", 0.1), ("dice", "squared_dice_loss", 0.3)])
 def test_label_losses_of_semanticgan(name, piece, tau):
     v = read("semantic_label_losses")
     z = v["logits"].requires_grad_()
