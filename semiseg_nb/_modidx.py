@@ -894,7 +894,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'semiseg_nb.records.find': ('records.html#find', 'semiseg_nb/records.py'),
                                     'semiseg_nb.records.identity': ('records.html#identity', 'semiseg_nb/records.py'),
                                     'semiseg_nb.records.is_a': ('records.html#is_a', 'semiseg_nb/records.py'),
-                                    'semiseg_nb.records.main': ('records.html#main', 'semiseg_nb/records.py'),
                                     'semiseg_nb.records.make_record': ('records.html#make_record', 'semiseg_nb/records.py'),
                                     'semiseg_nb.records.profile_of': ('records.html#profile_of', 'semiseg_nb/records.py'),
                                     'semiseg_nb.records.read_records': ('records.html#read_records', 'semiseg_nb/records.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'PROFILES', 'IDENTITY', 'NUMBER', 'FIELDS', 'DATASET_FIELDS', 'profile_of', 'settings_of', 'make_record',
            'thin', 'versions', 'commit', 'is_a', 'what_is_wrong', 'identity', 'write_record', 'without_nan',
-           'read_records', 'find', 'table', 'main']
+           'read_records', 'find', 'table']
 
 # %% ../nbs/08_records.ipynb #imports
 import hashlib
@@ -14,7 +14,6 @@ import json
 import math
 import platform
 import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -190,15 +189,3 @@ def table(records: list[dict]) -> str:
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
-
-def main(folder: str) -> None:
-    "Print the records of a folder as a table, and the paths of what a run left there"
-    records, refused = read_records(folder)
-    print(table(records))
-    for name, why in refused.items(): print(f"refused {name}: {why}")
-    for what, pattern in [("executed notebook", "*.ipynb"), ("picture", "**/*.png"), ("record", "*/*.json")]:
-        for path in sorted(Path(folder).glob(pattern)): print(f"{what:18} {path}")
-
-
-if __name__ == "__main__" and __spec__:  # a kernel is called __main__ as well, but has no spec
-    main(sys.argv[1] if len(sys.argv) > 1 else "results")
