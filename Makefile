@@ -40,7 +40,7 @@ install: $(READY)
 demo: $(READY)
 	@rm -rf _demo
 	$(PY) scripts/demo.py nbs/11_uda.ipynb _demo
-	@$(PY) -m semiseg_nb.records _demo
+	@$(PY) -m semiseg_nb report _demo --all
 
 test: lint
 	$(PY) -m pytest -n 2 --dist worksteal --durations 10
