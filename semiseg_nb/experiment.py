@@ -198,14 +198,16 @@ def run(
 
     params = params_of(stages, what, settings, width, unlabelled_batch or batch_size, score_on)
     world = accelerator.num_processes
-    extra = {"variant": variant, "clip": clip, "start": start, "processes": world if world > 1 else None}
-    params |= {k: v for k, v in extra.items() if v is not None}
+    more = {"variant": variant, "clip": clip, "start": start, "processes": world if world > 1 else None}
+    params |= {k: v for k, v in more.items() if v is not None}
+    extra = getattr(method, "extra", {})  # what a recipe adds: {"start": {"name": ..., "miou": ...}}
+    params |= {k: v["name"] for k, v in extra.items()}
     found = Result(method, {}, None, folder, {stage.name: run for stage, run in stages})
     whole = whole_run(stages)
     for name, title, module, score in scores(what, method, stages, dataset, accelerator):
         record = make_record(
             name, whole, task, score, params, model if needs_net(what) else method.model, encoder,
-            bool(pretrained or weights), title)
+            bool(pretrained or weights), title) | extra
         target = (records or out_dir) if accelerator.is_main_process else None
         path = write_record(record, target) if target else None
         if module is method: found = replace(found, record=record, path=path)

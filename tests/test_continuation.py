@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from semiseg_nb import experiment
 from semiseg_nb.adversarial import answer, hide, upper_part
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import CCT, cct_weak
@@ -398,3 +399,12 @@ def test_tags_are_asked_for_where_they_are_needed():
 
 def test_a_single_unlabelled_image_has_no_partner(task):
     with pytest.raises(UserError, match="no partner for CutMix"): run(SemiContinuation(net(task), task), task, unlabelled_batch=1)
+
+
+def test_temporal_ensembling_goes_on_from_a_start_and_its_record_names_it(task, start, tmp_path):
+    made = experiment.run("temporal_continued", task, steps=2, batch_size=4, width=4, settings={"start": str(start[0]), "on": {"mix": 0.0}},
+                          out_dir=tmp_path, progress=False)
+    assert type(made.method) is TemporalEnsembling and made.method.mix == 0 and made.method.lr == 2e-4 and list(made.runs) == ["continued"]
+    assert made.record["start"]["name"] == made.record["params"]["start"] == start_label(start[0]) and str(start[0]) not in str(made.record)
+    row, = result_rows([made.record])
+    assert row["row"] == "temporal, continued" and row["start"] == made.record["start"]["miou"]
