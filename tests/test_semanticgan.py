@@ -12,6 +12,7 @@ from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
 from semiseg_nb.data import Images, Labelled, Task
 from semiseg_nb.engine import evaluate, fit
 from semiseg_nb.engine import settings as settings_in_force
+from semiseg_nb.experiment import run
 from semiseg_nb.ganaugment import augmentation
 from semiseg_nb.inversion import SemanticEncoder
 from semiseg_nb.semanticgan import (
@@ -375,6 +376,10 @@ def test_settings_are_attributes_of_their_own_names(task):
 
 def test_it_labels_no_given_image(task):
     with pytest.raises(UserError, match="labels no given image.*SemanticEncoder"): evaluate(gan(task), task.val)
+
+
+def test_the_runner_refuses_what_labels_nothing(task):
+    with pytest.raises(UserError, match="SemanticGAN is no whole method: run a recipe"): run(SemanticGAN, task, steps=1)
 
 
 # files

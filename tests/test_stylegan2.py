@@ -16,7 +16,6 @@ from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
 from semiseg_nb.engine import evaluate, fit, make_accelerator, optimise, prepare
 from semiseg_nb.engine import settings as settings_in_force
-from semiseg_nb.experiment import run
 from semiseg_nb.ganaugment import augmentation
 from semiseg_nb.stylegan2 import (
     FILTER,
@@ -643,7 +642,3 @@ def test_block_features_are_mean_and_spread_of_sixteen_squares():
     x[0, 1, 2:4, 6:8] = torch.tensor([[1.0, 0], [1, 0]])
     s = block_features(x)[0]
     assert s.shape == (96,) and s[16 + 4 + 3] == 0.5 and abs(s[48 + 16 + 4 + 3] - math.sqrt(1 / 3)) < 1e-9 and s.count_nonzero() == 2
-
-
-def test_the_runner_refuses_what_labels_nothing(task):
-    with pytest.raises(UserError, match="StyleGAN2 is no whole method: run a recipe"): run(StyleGAN2, task, steps=1)
