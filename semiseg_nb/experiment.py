@@ -64,6 +64,8 @@ def find_method(
     else:
         raise UserError(f"{what!r} is no method: give a name such as 'uda', "
                         "a class derived from Method, or a recipe.")
+    if not getattr(what, "alone", True):
+        raise UserError(f"{what.__name__} is no whole method: run a recipe that it is a stage of, or call fit.")
     if not getattr(what, "name", ""):
         raise UserError(f"{what.__name__} has no name for its record: give it one with the {kind}.")
     return what
