@@ -10,7 +10,6 @@ __all__ = ['SCENES', 'PORTRAITS', 'PLAIN', 'VOC_CLASSES', 'VOC_PAGE', 'SBD_PAGE'
 # %% ../nbs/51_catalogue.ipynb #imports
 import reprlib
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -22,26 +21,45 @@ from torch import Tensor
 from torchvision.datasets import Cityscapes, OxfordIIITPet, SBDataset, VOCSegmentation
 
 from . import scenes
-from .core import IGNORE, Fraction, NonNegative, UserError, Whole, checked, generator, in_range, one_of
+from semiseg_nb.core import (
+    IGNORE,
+    Fraction,
+    NonNegative,
+    UserError,
+    Whole,
+    checked,
+    generator,
+    in_range,
+    one_of,
+)
 from .data import Files, Images, Labelled, Task, as_size, image_tags
+
+# %% ../nbs/51_catalogue.ipynb #imports-2
 from semiseg_nb.folders import (
     SHARP,
     Folder,
-    Item,
-    check_colours,
-    check_masks,
-    check_values,
+    by_label_order,
     class_palette,
     copies,
     cut,
     files_by_stem,
     folder_parts,
+    further_splits,
+    items_of_split,
     one_form,
-    read_names,
+    read_ids,
     seeded_order,
-    survey,
 )
-from .pictures import read_image, read_mask, unreadable
+from semiseg_nb.pictures import (
+    Item,
+    check_colours,
+    check_masks,
+    check_values,
+    read_image,
+    read_mask,
+    survey,
+    unreadable,
+)
 
 # %% ../nbs/51_catalogue.ipynb #scenes-task
 SCENES = {"train": range(600), "val": range(10000, 10200), "tune": range(20000, 20200)}
@@ -146,7 +164,8 @@ def portraits(
         masks.append(y[rows[:, None, None], row, col])
         ids += [f"portrait/{split}/{scene + r}-{k}" for r, k in zip(rows.tolist(), kinds.tolist())]
         scene += 250
-    return Labelled(ids[:n], torch.cat(images)[:n].contiguous(), torch.cat(masks)[:n].contiguous(), len(scenes.CLASSES))
+    images, masks = (torch.cat(parts)[:n].contiguous() for parts in (images, masks))
+    return Labelled(ids[:n], images, masks, len(scenes.CLASSES))
 
 # %% ../nbs/51_catalogue.ipynb #portraits-task
 def chosen(split: Labelled, index: Tensor) -> tuple:
@@ -163,7 +182,7 @@ def _portraits_task(n_labelled, split_seed, size, n_unlabelled, style, strength)
     in_range("n_labelled", len(train) if n_labelled is None else n_labelled, 1, len(train))
     order = torch.randperm(len(train), generator=generator(split_seed, "portraits"))
     kinds = torch.tensor([int(name.rsplit("-", 1)[1]) for name in train.ids])[order]
-    turn = F.one_hot(kinds).cumsum(0).gather(1, kinds[:, None])[:, 0]  # the first of each kind, the second, ...
+    turn = F.one_hot(kinds).cumsum(0).gather(1, kinds[:, None])[:, 0]  # the first of each kind, ...
     order = order[turn.argsort(stable=True)]  # so that a few labels show them all
     labelled = order[:n_labelled]
     rest = order[len(labelled):][:n_unlabelled]
@@ -189,35 +208,6 @@ class Source:
         "The value that is white in images of more than 8 bits, one for the whole folder"
         return self.folder.white if self.folder else None
 
-
-def _read_ids(label_order: Sequence | str | Path | None) -> list | None:
-    "The ids of a list, or of a file"
-    if label_order is None: return None
-    if isinstance(label_order, (str, Path)):
-        if not Path(label_order).is_file():
-            raise UserError(f"label_order '{label_order}' does not exist: give a text file with "
-                            "one id a line.")
-        label_order = read_names(label_order)
-    if not isinstance(label_order, (list, tuple)):
-        raise UserError(f"label_order is {reprlib.repr(label_order)}: give a list of ids, or a "
-                        "text file with one a line.")
-    return [one_form(str(i)) for i in label_order]
-
-
-def _listed(source: Source, ids: Sequence) -> tuple:
-    "(order, pool) when `ids` says who gets labels first"
-    known = {one_form(name): item for item in source.order + source.pool for name in (item.image.stem, item.id)}
-    lost = next((i for i in ids if i not in known), None)
-    if lost is not None:
-        raise UserError(f"label_order names '{reprlib.repr(lost)[1:-1]}', but {source.name} has "
-                        "no such training image: correct the list.")
-    twice = next((i for i, n in Counter(known[i].id for i in ids).items() if n > 1), None)
-    if twice:
-        raise UserError(f"label_order names '{twice}' twice: each image may stand in it once.")
-    order = [known[i] for i in ids]
-    listed = {i.id for i in order}
-    return order, [i for i in source.order + source.pool if i.id not in listed]
-
 # %% ../nbs/51_catalogue.ipynb #check-files
 def _one_size(items, sizes, size) -> tuple:
     "The size that all images get; raises `UserError` when they differ and none was chosen"
@@ -241,7 +231,7 @@ def _checked(source: Source, items) -> tuple:
 
 # %% ../nbs/51_catalogue.ipynb #weak-tags
 def _weak_tags(source: Source, items: list, n_classes: int, size: tuple, from_masks: bool) -> Tensor | None:
-    "Image-level labels: from `weak_labels`, if asked for from masks, else rows of zeros; None if all are zero"
+    "Image-level labels: from `weak_labels`, if asked for from masks, else zeros; None if all are zero"
     known = source.folder.info.get("weak_labels", {}) if source.folder else {}
     known, tags = {one_form(name): ids for name, ids in known.items()}, torch.zeros(len(items), n_classes)
     for row, item in zip(tags, items):
@@ -307,7 +297,8 @@ def _build(source: Source, labelled, unlabelled, tune, size, crop, stretch, weak
     if source.folder: check_colours(masked, histograms)
     sizes, _ = survey([Item(i.id, i.image) for i in unlabelled])
     train = _one_size(labelled + unlabelled, surveys[0][0] + sizes, size)
-    frames = [train] + [_one_size(i, found, size) if i else train for i, (found, _) in zip(sets[1:], surveys[1:])]
+    others = zip(sets[1:], surveys[1:])
+    frames = [train] + [_one_size(items, found, size) if items else train for items, (found, _) in others]
     area = [len(s) * h * w for s, (h, w) in zip(sets, frames)]
     in_memory = 4 * sum(area) + 3 * len(unlabelled) * train[0] * train[1] <= memory_limit
 
@@ -315,14 +306,16 @@ def _build(source: Source, labelled, unlabelled, tune, size, crop, stretch, weak
         pictures, masks = _pictures(items, size, stretch, source.white), _masks(items, size, source.table)
         return _a_set(items, pictures, in_memory, masks, len(classes), crop=crop)
     tags = _weak_tags(source, unlabelled, len(classes), train, weak_tags)
-    without = _a_set(unlabelled, _pictures(unlabelled, train, stretch, source.white), in_memory, tags=tags, crop=crop)
+    pictures = _pictures(unlabelled, train, stretch, source.white)
     return Task(source.name, classes, source.palette or class_palette(len(classes)),
-                labelled=with_masks(labelled, train, crop), unlabelled=without, val=with_masks(source.val, frames[1]),
+                labelled=with_masks(labelled, train, crop),
+                unlabelled=_a_set(unlabelled, pictures, in_memory, tags=tags, crop=crop),
+                val=with_masks(source.val, frames[1]),
                 tune=with_masks(tune, frames[2]) if tune else None)
 
 # %% ../nbs/51_catalogue.ipynb #voc
 def _opened(make: Callable, root: Path, name: str, page: str, tree: str):
-    "What `make` gives; raises `UserError` that names the page and the tree when files are not where they should be"
+    "What `make` gives; raises `UserError` that names page and tree when files are not in their places"
     try: return make()
     except PermissionError as e: raise unreadable(e.filename or root, e) from None
     except (RuntimeError, OSError, ValueError):
@@ -330,8 +323,9 @@ def _opened(make: Callable, root: Path, name: str, page: str, tree: str):
                         f"that there is {tree}.") from None
 
 
-VOC_CLASSES = tuple("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-                    "motorbike person pottedplant sheep sofa train tvmonitor".split())
+VOC_CLASSES = tuple(
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+    "person pottedplant sheep sofa train tvmonitor".split())
 VOC_PAGE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (training/validation data)"
 SBD_PAGE = "http://home.bharathh.info/pubs/codes/SBD/download.html"
 
@@ -341,7 +335,7 @@ def _pairs(images: Sequence, masks: Sequence) -> list:
 
 
 def _voc(root: Path, split_seed: int, augmented: bool) -> Source:
-    "Pascal VOC 2012, with SBD unless `augmented` is False; the 1,464 finely annotated images get labels first"
+    "Pascal VOC 2012, with SBD unless `augmented` is False; the 1,464 fine masks get labels first"
     tree = f"'{root / 'VOCdevkit' / 'VOC2012'}' with JPEGImages, SegmentationClass and ImageSets/Segmentation"
     train, val = _opened(lambda: [VOCSegmentation(root, image_set=s) for s in ("train", "val")],
                          root, "Pascal VOC 2012", VOC_PAGE, tree)
@@ -360,18 +354,19 @@ def _sbd(root: Path) -> dict:
     if (base / "SegmentationClassAug").is_dir():
         masks = files_by_stem(base / "SegmentationClassAug", SHARP)
         return {s: Item(s, base / "JPEGImages" / f"{s}.jpg", p) for s, p in masks.items()}
-    tree = (f"'{root / 'sbd'}' with img, cls, train.txt and val.txt, or '{base / 'SegmentationClassAug'}' with one "
-            "PNG an image")
-    parts = _opened(lambda: [SBDataset(root / "sbd", image_set=s, mode="segmentation") for s in ("train", "val")],
-                    root, "SBD (augmented=False does without)", SBD_PAGE, tree)
+    tree = (f"'{root / 'sbd'}' with img, cls, train.txt and val.txt, or "
+            f"'{base / 'SegmentationClassAug'}' with one PNG an image")
+    def make(): return [SBDataset(root / "sbd", image_set=s, mode="segmentation") for s in ("train", "val")]
+    parts = _opened(make, root, "SBD (augmented=False does without)", SBD_PAGE, tree)
     return {item.id: item for part in parts for item in _pairs(part.images, part.masks)}
 
 # %% ../nbs/51_catalogue.ipynb #context
 CONTEXT_CLASSES = tuple(
-    "background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat ceiling "
-    "chair cloth computer cow cup curtain dog door fence floor flower food grass ground horse keyboard light motorbike "
-    "mountain mouse person plate platform pottedplant road rock sheep shelves sidewalk sign sky snow sofa table track "
-    "train tree truck tvmonitor wall water window wood".split())
+    "background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus "
+    "cabinet car cat ceiling chair cloth computer cow cup curtain dog door fence floor flower "
+    "food grass ground horse keyboard light motorbike mountain mouse person plate platform "
+    "pottedplant road rock sheep shelves sidewalk sign sky snow sofa table track train tree truck "
+    "tvmonitor wall water window wood".split())
 CONTEXT_PAGE = ("https://cs.stanford.edu/~roozbeh/pascal-context/ and convert it with mmsegmentation's "
                 "tools/dataset_converters/pascal_context.py")
 
@@ -389,18 +384,20 @@ def _context(root: Path, split_seed: int) -> Source:
     return Source("context", CONTEXT_CLASSES, class_palette(60), order, [], list(val.values()))
 
 # %% ../nbs/51_catalogue.ipynb #cityscapes
-CITY_PAGE = "https://www.cityscapes-dataset.com/downloads/ (leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip)"
+CITY_PAGE = ("https://www.cityscapes-dataset.com/downloads/ (leftImg8bit_trainvaltest.zip and "
+             "gtFine_trainvaltest.zip)")
 
 
 def _cityscapes(root: Path, split_seed: int) -> Source:
-    "Cityscapes, fine annotation: of the label ids in the files the 19 scored classes are kept, all others become 255"
+    "Cityscapes, fine annotation: of the label ids the 19 scored classes are kept, others become 255"
     tree = f"'{root / 'leftImg8bit'}' and '{root / 'gtFine'}', each with train and val"
-    def make(): return [Cityscapes(root, split=s, mode="fine", target_type="semantic") for s in ("train", "val")]
-    train, val = _opened(make, root, "Cityscapes", CITY_PAGE, tree)
+    def read(s): return Cityscapes(root, split=s, mode="fine", target_type="semantic")
+    train, val = _opened(lambda: [read(s) for s in ("train", "val")], root, "Cityscapes", CITY_PAGE, tree)
     scored = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
     table = torch.full((256,), IGNORE, dtype=torch.uint8)
     for c in scored: table[c.id] = c.train_id
-    train, val = ({i.id: i for i in _pairs(part.images, [t[0] for t in part.targets])} for part in (train, val))
+    train, val = ({i.id: i for i in _pairs(part.images, [t[0] for t in part.targets])}
+                  for part in (train, val))
     order = [train[s] for s in seeded_order(train, split_seed, "labels")]
     return Source("cityscapes", tuple(c.name for c in scored), tuple(c.color for c in scored), order, [],
                   [val[s] for s in sorted(val)], table)
@@ -410,16 +407,18 @@ PET_PAGE = "https://www.robots.ox.ac.uk/~vgg/data/pets/ (images.tar.gz and annot
 
 
 def _pet(root: Path, split_seed: int) -> Source:
-    "Oxford-IIIT Pet: the trimap's pet, background, border (1, 2, 3) become 1, 0, 2; `val` is the official test part"
-    tree = f"'{root / 'oxford-iiit-pet'}' with images, annotations/trimaps, annotations/trainval.txt and .../test.txt"
-    def make(): return [OxfordIIITPet(root, split=s, target_types="segmentation") for s in ("trainval", "test")]
-    train, val = _opened(make, root, "Oxford-IIIT Pet", PET_PAGE, tree)
+    "Oxford-IIIT Pet: pet, background, border (1, 2, 3) become 1, 0, 2; `val` is the official test part"
+    tree = (f"'{root / 'oxford-iiit-pet'}' with images, annotations/trimaps, annotations/trainval.txt and "
+            ".../test.txt")
+    def read(s): return OxfordIIITPet(root, split=s, target_types="segmentation")
+    train, val = _opened(lambda: [read(s) for s in ("trainval", "test")], root,
+                         "Oxford-IIIT Pet", PET_PAGE, tree)
     table = torch.full((256,), IGNORE, dtype=torch.uint8)
     table[1], table[2], table[3] = 1, 0, 2
     train, val = ({i.id: i for i in _pairs(part._images, part._segs)} for part in (train, val))
     order = [train[s] for s in seeded_order(train, split_seed, "labels")]
-    return Source("pet", ("background", "pet", "border"), ((0, 0, 0), (220, 120, 60), (250, 230, 120)), order, [],
-                  list(val.values()), table)
+    palette = ((0, 0, 0), (220, 120, 60), (250, 230, 120))
+    return Source("pet", ("background", "pet", "border"), palette, order, [], list(val.values()), table)
 
 # %% ../nbs/51_catalogue.ipynb #find-source
 def _source(dataset: str, data_root, split_seed: int, ids: list | None, augmented: bool) -> Source:
@@ -436,31 +435,9 @@ def _source(dataset: str, data_root, split_seed: int, ids: list | None, augmente
     elif dataset == "context": source = _context(root, split_seed)
     elif dataset == "cityscapes": source = _cityscapes(root, split_seed)
     else: source = _pet(root, split_seed)
-    if ids is not None: source.order, source.pool = _listed(source, ids)
+    if ids is None: return source
+    source.order, source.pool = by_label_order(source.order + source.pool, ids, source.name)
     return source
-
-
-def _further_splits(dataset: str, extra_unlabelled: str | None, unlabelled_from: str | None) -> list:
-    "The names given; raises `UserError` when they make no sense"
-    given = {"extra_unlabelled": extra_unlabelled, "unlabelled_from": unlabelled_from}
-    given = {name: split for name, split in given.items() if split is not None}
-    for name, split in given.items():
-        if dataset != "folder" or split in ("train", "val"):
-            raise UserError(f"{name} '{split}' with dataset '{dataset}': it names a further split "
-                            "of a folder data set, neither train nor val.")
-    if len(given) == 2:
-        raise UserError(f"extra_unlabelled '{extra_unlabelled}' and unlabelled_from "
-                        f"'{unlabelled_from}' exclude each other: the first joins the rest of "
-                        "train, the second takes its place.")
-    return list(given.values())
-
-
-def _split_of(folder: Folder, name: str) -> list:
-    "The items of a further split; raises `UserError` when it is empty"
-    items = list(folder.split(name).values())
-    if items: return items
-    raise UserError(f"'{folder.root / 'images' / name}' holds no image: put some there, or choose "
-                    "another split.")
 
 # %% ../nbs/51_catalogue.ipynb #scenes-split
 def _scenes_split(split, size, ids, style, strength):
@@ -475,10 +452,10 @@ def _scenes_split(split, size, ids, style, strength):
         rows = [i - SCENES[split][0] for i in index]
     return _scene_set(split, rows, _scene_size(size, style), style, strength, labelled=True)
 
-# %% ../nbs/51_catalogue.ipynb #load-task
+# %% ../nbs/51_catalogue.ipynb #datasets
 DATASETS = ("scenes", "portraits", "folder", "voc", "context", "cityscapes", "pet")
 
-
+# %% ../nbs/51_catalogue.ipynb #load-task
 @checked
 def load_task(
     dataset: str = "scenes",  # one of `DATASETS`
@@ -493,7 +470,7 @@ def load_task(
     extra_unlabelled: str | None = None,  # folder: a further split whose images join the unlabelled ones
     unlabelled_from: str | None = None,  # folder: a further split, unlabelled instead of the rest of train
     weak_tags: bool = False,  # unlabelled images without tags of their own get them from their masks
-    label_order: str | Path | Sequence | None = None,  # a text file, one id a line, or a list: who gets labels first
+    label_order: str | Path | Sequence | None = None,  # a file, one id a line, or a list: who is labelled
     style: str = "photo",  # scenes, portraits: look of all images
     strength: Fraction = 1.0,  # scenes, portraits: how far the style goes
     augmented: bool = True,  # voc: add the images of SBD (10,582 in all)
@@ -502,21 +479,23 @@ def load_task(
 ) -> Task:
     "A checked task: labelled, unlabelled, tuning and validation images; raises `UserError` in one sentence"
     one_of(dataset, DATASETS, "dataset")
-    further, crop = _further_splits(dataset, extra_unlabelled, unlabelled_from), as_size(crop, "crop")
+    further, crop = further_splits(dataset, extra_unlabelled, unlabelled_from), as_size(crop, "crop")
     if dataset == "scenes":
         if label_order is not None:
             raise UserError("label_order lists files: for scenes choose a split_seed instead.")
-        return _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, strength, weak_tags, crop)
+        return _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, strength, weak_tags,
+                            crop)
     if dataset == "portraits":
-        options = {"n_tune": n_tune, "crop": crop, "stretch": stretch, "weak_tags": weak_tags, "label_order": label_order}
+        options = dict(n_tune=n_tune, crop=crop, stretch=stretch, weak_tags=weak_tags,
+                       label_order=label_order)
         name = next((name for name, value in options.items() if value), None)
         if name:
             raise UserError(f"{name} is {options[name]!r}, but portraits know style and strength "
                             "only: leave it out.")
         return _portraits_task(n_labelled, split_seed, size, n_unlabelled, style, strength)
-    source = _source(dataset, data_root, split_seed, _read_ids(label_order), augmented)
+    source = _source(dataset, data_root, split_seed, read_ids(label_order), augmented)
     pool = list(source.pool) if unlabelled_from is None else []
-    for split in further: pool += _split_of(source.folder, split)
+    for split in further: pool += items_of_split(source.folder, split)
     sets = cut(source.order, pool, n_labelled, n_unlabelled, n_tune, unlabelled_from is not None)
     task = _build(source, *sets, as_size(size), crop, stretch, weak_tags, memory_limit)
     if source.folder and not copies_allowed: _check_copies([*sets[0], *sets[1]], [*sets[2], *source.val])
@@ -528,10 +507,10 @@ def load_task(
 def load_split(
     dataset: str = "scenes",
     data_root: str | Path | None = None,
-    split: str = "val",  # scenes, portraits: train, val, tune; folder: any folder under images/; else train, val
+    split: str = "val",  # scenes, portraits: train, val, tune; folder: its splits; else train, val
     size: int | Sequence | None = None,  # as for `load_task`
     stretch: bool = False,
-    ids: Sequence | None = None,  # only these: `ids=task.unlabelled.ids` with split="train" shows what was hidden
+    ids: Sequence | None = None,  # only these, e.g. `task.unlabelled.ids` of "train": what was hidden
     classes: tuple | None = None,  # folder without a list of classes: `task.classes`
     style: str = "photo",
     strength: Fraction = 1.0,
@@ -587,7 +566,8 @@ def across(
 
 def joined(*parts: Labelled) -> Labelled:
     "Several labelled sets as one, in memory"
-    def all_of(name): return torch.cat([getattr(p, name).index_select(0, torch.arange(len(p))) for p in parts])
+    def whole(part, name): return getattr(part, name).index_select(0, torch.arange(len(part)))
+    def all_of(name): return torch.cat([whole(p, name) for p in parts])
     ids, first = [i for p in parts for i in p.ids], parts[0]
     return Labelled(ids, all_of("images"), all_of("masks"), first.n_classes, first.crop)
 
@@ -604,7 +584,7 @@ def load_across(
     target_val: str | None = None,  # folder: split of the target with masks
     **more,  # of `load_task`: crop, stretch
 ) -> tuple[Task, Task]:  # the source's own task, and the one across
-    "Source and target of a built-in change of look, or of a folder; raises `UserError` when there is no target"
+    "Source and target of a built-in change of look, or of a folder; raises `UserError` without a target"
     one_of(dataset, ("scenes", "folder"), "dataset")
     if dataset == "folder" and not (target_split and target_val):
         raise UserError(f"target_split is {target_split!r} and target_val {target_val!r}, but a "

@@ -38,7 +38,7 @@ def as_size(
 
 # %% ../nbs/02_data.ipynb #files
 class Files:
-    "Pictures read from disk when they are asked for: takes the place of a uint8 tensor that would not fit in memory"
+    "Pictures read from disk when asked for: in the place of a uint8 tensor that would not fit in memory"
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ def image_tags(
 
 def _check_pixels(x: Tensor | Files, what: str, n: int, shape: str) -> None:
     "Raise `UserError` unless there is one uint8 picture for each of the `n` names"
-    remedy = {"images": "(255 * x).round().byte() for floats in [0,1]", "masks": "x.byte() for class ids"}[what]
+    remedy = "x.byte() for class ids" if what == "masks" else "(255 * x).round().byte() for floats in [0,1]"
     if not isinstance(x, (Tensor, Files)):
         raise UserError(f"{what} are of the kind {type(x).__name__}, but should be a uint8 tensor "
                         f"{shape} or `Files`.")
@@ -127,7 +127,7 @@ def _check_pixels(x: Tensor | Files, what: str, n: int, shape: str) -> None:
 
 # %% ../nbs/02_data.ipynb #image-set
 class Images(Dataset):
-    "Images without masks: `ds[i]` is one sample, `ds.__getitems__([3, 5])` a whole batch of stacked uint8 tensors"
+    "Images without masks: `ds[i]` is one sample, `ds.__getitems__([3, 5])` a whole batch of uint8 tensors"
 
     def __init__(
         self,
@@ -137,7 +137,8 @@ class Images(Dataset):
         crop: int | Sequence | None = None,  # (H,W) of the random crops that `loader` draws for training
         files: tuple = (),  # the `Files` from which a set in memory was decoded: they are what it is known by
     ):
-        self.ids, self.images, self.tags, self.crop, self.files = tuple(ids), images, tags, as_size(crop, "crop"), files
+        self.ids, self.images, self.tags = tuple(ids), images, tags
+        self.crop, self.files = as_size(crop, "crop"), files
         _check_pixels(images, "images", len(self.ids), "(N,3,H,W)")
         if tags is not None and (tags.ndim != 2 or len(tags) != len(self.ids)):
             raise UserError(f"tags have the shape {tuple(tags.shape)}, but {len(self.ids)} images "
@@ -155,7 +156,8 @@ class Images(Dataset):
         if self._fingerprint is None: self._fingerprint = content_hash(*self._content())
         return self._fingerprint
 
-    def _content(self) -> tuple: return (*(self.files or [self.images]), "" if self.tags is None else self.tags)
+    def _content(self) -> tuple:
+        return *(self.files or [self.images]), "" if self.tags is None else self.tags
 
     def __len__(self): return len(self.ids)
 
@@ -237,14 +239,17 @@ class Task:
     @property
     def fingerprint(self) -> str:
         "Sixteen hex digits that change with any byte of images, masks and tags, and with their order"
-        return content_hash(*(s.fingerprint if s else "" for s in (self.labelled, self.unlabelled, self.val, self.tune)))
+        sets = (self.labelled, self.unlabelled, self.val, self.tune)
+        return content_hash(*(s.fingerprint if s else "" for s in sets))
 
     def describe(self) -> dict:
         "The `dataset` entry of a run record"
         crop = self.labelled.crop
-        return {"name": self.name, "n_classes": self.n_classes, "split_id": self.split_id, "size": list(self.size),
-                "crop": list(crop) if crop else None, "fingerprint": self.fingerprint,
-                "n_labelled": len(self.labelled), "n_unlabelled": len(self.unlabelled), "n_val": len(self.val)}
+        return {"name": self.name, "n_classes": self.n_classes, "split_id": self.split_id,
+                "fingerprint": self.fingerprint, "size": list(self.size),
+                "crop": list(crop) if crop else None,
+                "n_labelled": len(self.labelled), "n_unlabelled": len(self.unlabelled),
+                "n_val": len(self.val)}
 
 
 def split_id(
@@ -347,7 +352,7 @@ def _identity(batch): return batch
 def _fetch(dataset: Images, indices, workers: int, device) -> Iterator:
     "Batches of uint8 tensors: one `index_select` each for a set in memory, else read by workers"
     if not dataset.on_disk: return map(dataset.__getitems__, indices)
-    own = torch.Generator()  # without it, each loader would take a number from the global generator, as none in memory does
+    own = torch.Generator()  # else a loader takes a number from the global one; none in memory does
     return _from_disk(DataLoader(dataset, batch_sampler=indices, num_workers=workers, collate_fn=_identity,
                                  pin_memory=torch.device(device or "cpu").type == "cuda", generator=own))
 
@@ -355,7 +360,8 @@ def _fetch(dataset: Images, indices, workers: int, device) -> Iterator:
 def _from_disk(batches: DataLoader) -> Iterator:
     try: yield from batches
     except UserError as e:  # a worker wraps the sentence into its traceback; hand on the sentence alone
-        raise UserError(str(e).rstrip().splitlines()[-1].removeprefix("semiseg_nb.core.UserError: ")) from None
+        last = str(e).rstrip().splitlines()[-1]
+        raise UserError(last.removeprefix("semiseg_nb.core.UserError: ")) from None
 
 # %% ../nbs/02_data.ipynb #random-crop
 def random_crop(
@@ -381,7 +387,8 @@ def to_device(
     "Move a batch while it is small (uint8) and convert it there"
     device = torch.device(device or "cpu")
     if device.type == "cuda":
-        batch = {k: (v if v.is_pinned() else v.pin_memory()).to(device, non_blocking=True) for k, v in batch.items()}
+        batch = {k: v if v.is_pinned() else v.pin_memory() for k, v in batch.items()}
+        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     elif device.type != "cpu": batch = {k: v.to(device) for k, v in batch.items()}
     batch["image"] = batch["image"].float().div_(255)
     if "mask" in batch: batch["mask"] = batch["mask"].long()
@@ -399,7 +406,7 @@ def loader(
     device: str | torch.device | None = None,
     crop: int | Sequence | None = None,  # (h,w); None: `dataset.crop`
 ) -> Iterator:
-    "Endless training batches on `device`; raises `UserError` for an empty set or a crop larger than the images"
+    "Endless training batches; raises `UserError` for an empty set or a crop larger than the images"
     stream = Stream(dataset, batch_size, seed, start, rank, world)
     crop = as_size(crop, "crop") or dataset.crop
     if crop and (crop[0] > dataset.size[0] or crop[1] > dataset.size[1]):
