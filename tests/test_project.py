@@ -334,5 +334,5 @@ def test_a_lesson_is_run_on_a_copy():
 def test_the_changelog_begins_with_this_version():
     versions = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert [v for v, _ in versions if v != "Unreleased"][0] == settings()["version"]
+    assert next(v for v, _ in versions if v != "Unreleased") == settings()["version"]
     assert (settings()["version"], str(citation["date-released"])) in versions
