@@ -301,6 +301,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'semiseg_nb.command.main': ('command.html#main', 'semiseg_nb/command.py'),
                                     'semiseg_nb.command.meanings': ('command.html#meanings', 'semiseg_nb/command.py'),
                                     'semiseg_nb.command.nested': ('command.html#nested', 'semiseg_nb/command.py'),
+                                    'semiseg_nb.command.parse': ('command.html#parse', 'semiseg_nb/command.py'),
                                     'semiseg_nb.command.parser': ('command.html#parser', 'semiseg_nb/command.py'),
                                     'semiseg_nb.command.read_parameters': ('command.html#read_parameters', 'semiseg_nb/command.py'),
                                     'semiseg_nb.command.report': ('command.html#report', 'semiseg_nb/command.py'),
