@@ -1,7 +1,7 @@
 # make demo   install, then train the baseline and UDA on generated scenes and show what came out (5 minutes)
 # make test   install, then lint, check that notebooks and modules agree, and run every test and notebook
-# make lab    install, then open the notebooks in JupyterLab
-# Others: install, export (notebooks -> modules), readme, lint, clean
+# make lab    install, then open a copy of the notebooks (_lessons) in JupyterLab: running them changes nothing here
+# Others: install, export (notebooks -> modules), readme, lint, clean (deletes _lessons too)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -40,13 +40,15 @@ install: $(READY)
 demo: $(READY)
 	@rm -rf _demo
 	$(PY) scripts/demo.py nbs/11_uda.ipynb _demo
-	@$(PY) -m semiseg_nb.records _demo
+	@$(PY) -m semiseg_nb report _demo --all
 
 test: lint
 	$(PY) -m pytest -n 2 --dist worksteal --durations 10
 
+# A file that is in _lessons already stays as it is: delete the folder for a fresh copy.
 lab: $(READY)
-	$(PY) -m jupyter lab --notebook-dir nbs
+	@$(PY) -m semiseg_nb lessons _lessons
+	$(PY) -m jupyter lab --notebook-dir _lessons/nbs
 
 export: $(READY)
 	$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
@@ -59,5 +61,5 @@ lint: $(READY)
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf _demo build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf _demo _lessons build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

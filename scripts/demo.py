@@ -23,6 +23,8 @@ def main(notebook: str, folder: str) -> None:
         try: papermill.execute_notebook(notebook, str(out), parameters={"out_dir": folder}, progress_bar=False, stdout_file=sys.stdout, config=config)
         except PapermillExecutionError as e: sys.exit(f"{notebook} stopped: {e.ename}: {e.evalue} (see {out})")
     print(f"\n{notebook} ran in {time.monotonic() - start:.0f} s.\n", flush=True)
+    for what, pattern in [("executed notebook", "*.ipynb"), ("picture", "**/*.png"), ("record", "*/*.json")]:
+        for path in sorted(out.parent.glob(pattern)): print(f"{what:18} {path}", flush=True)
 
 
 if __name__ == "__main__":

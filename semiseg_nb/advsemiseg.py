@@ -42,8 +42,9 @@ def shared_pass(
 
 # %% ../nbs/20_advsemiseg.ipynb #method
 class AdvSemiSeg(Supervised):
-    "A discriminator that judges every pixel trains the network, and says which of its labels to trust"
+    "A discriminator judges every pixel: it trains the network, and says which labels to trust"
     name, title, paper = "advsemiseg", "AdvSemiSeg", "arXiv 1802.07934"
+    baseline = {"adversarial": 0.0, "adversarial_u": 0.0, "self_training": 0.0}
     uses_unlabelled = True
 
     @checked
@@ -54,12 +55,12 @@ class AdvSemiSeg(Supervised):
         *,
         adversarial: NonNegative = 0.01,  # weight of fooling the discriminator on labelled images
         adversarial_u: NonNegative = 0.001,  # and on unlabelled ones
-        self_training: NonNegative = 1.0,  # weight of learning the network's own labels; the paper: 0.1
+        self_training: NonNegative = 1.0,  # weight of the network's own labels; the paper: 0.1
         threshold: Fraction = 0.2,  # part of each class that is not trusted
-        warmup: Fraction = 0.1,  # part of training before which the step is the supervised one; the paper: 0
+        warmup: Fraction = 0.1,  # first part of training, supervised only; the paper: 0
         start: Fraction = 0.25,  # part of training after which the network learns its own labels
         mix: Fraction = 1.0,  # part of the student's images that get a CutMix box; the paper: 0
-        smooth: Annotated[float, Range(0, 0.5)] = 0.1,  # D should say 1 - smooth of masks; the paper: 0
+        smooth: Annotated[float, Range(0, 0.5)] = 0.1,  # D's target on masks: 1 - smooth; paper: 0
         ndf: Count = 16,  # channels of the discriminator's first layer; the paper: 64
         n_layers: Count = 3,  # of the discriminator; the paper: 5
         d_lr: Positive = 1e-4,  # of the discriminator's Adam
@@ -77,18 +78,19 @@ class AdvSemiSeg(Supervised):
         self.uses_unlabelled = max(adversarial, adversarial_u, self_training) > 0
         self.D = FCDiscriminator(task.n_classes, ndf, n_layers)
         betas = (0.9, 0.99)
-        self.optimisers["discriminator"] = torch.optim.Adam(self.D.parameters(), d_lr, betas, fused=True)
+        adam = torch.optim.Adam(self.D.parameters(), d_lr, betas, fused=True)
+        self.optimisers["discriminator"] = adam
 
     def perturb(self, x_w: Tensor, clock: Clock) -> Tensor:
         "Hook: the view, (B,3,H,W), on which a label of the weak view is learnt"
         return self.strong_view(x_w, clock)
 
     def target(self, x_w: Tensor, z_w: Tensor) -> Tensor:
-        "Hook: logits, (B,C,H,W), that give the labels of the weak views; `z_w` are the network's own"
+        "Hook: logits (B,C,H,W) that give the labels of weak views; `z_w` are the network's own"
         return self.ema(x_w)
 
     def trusted(self, verdict: Tensor, z: Tensor, valid: Tensor) -> Tensor:
-        "Hook: which pixels (B,H,W) of labels with logits z to learn, from D's verdict on them in [0,1]"
+        "Hook: which pixels (B,H,W) of labels with logits z to learn, from D's verdict in [0,1]"
         return upper_part(verdict, self.threshold, valid, z.argmax(1), self.n_classes)
 
     def updates(self, lab, unl, clock):
@@ -98,7 +100,7 @@ class AdvSemiSeg(Supervised):
             self.ema.update(self.net)
             return
 
-        # the network: D, held, should take its maps for masks; and it learns the labels that D lets through
+        # the network: D, frozen, should take its maps for masks; it learns the labels that D trusts
         x_w, valid = self.weak_view(unl["image"], clock)
         learns = self.self_training > 0 and clock.fraction >= self.start
         x_s = self.perturb(x_w, clock) if learns else x_w
@@ -145,9 +147,10 @@ def health(
     last = rows[-3:]
     loss, target = sum(last) / len(last), torch.tensor([smooth, 1 - smooth])
     least = torch.special.entr(target).sum().item() / 2
-    words = f"The discriminator's loss ends at {loss:.2f} (least possible {least:.2f}, no idea 0.69): "
     if loss - least < 0.05:
-        return words + "it wins too easily: something trivial gives masks away, or d_lr is too high."
-    if loss > 0.67:
-        return words + "it is still guessing, and its trust means little; train longer, or raise d_lr."
-    return words + "healthy."
+        state = "it wins too easily: something trivial gives masks away, or d_lr is too high."
+    elif loss > 0.67:
+        state = "it is still guessing, and its trust means little; train longer, or raise d_lr."
+    else: state = "healthy."
+    return (f"The discriminator's loss ends at {loss:.2f} "
+            f"(least possible {least:.2f}, no idea 0.69): {state}")

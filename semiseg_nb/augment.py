@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['OPS', 'PHOTO', 'GEO', 'ERASE', 'Op', 'from_tv_bin', 'from_tf_level', 'Params', 'fixed', 'fixed_matrix', 'Slot',
-           'Policy', 'identity', 'flip_crop', 'randaugment', 'autoaugment', 'cutmix_boxes', 'cutmix', 'partner',
+           'Policy', 'identity_policy', 'flip_crop', 'randaugment', 'autoaugment', 'cutmix_boxes', 'cutmix', 'partner',
            'paste']
 
 # %% ../nbs/03_augment.ipynb #imports
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from .core import IGNORE, UserError, one_of
 
 # %% ../nbs/03_augment.ipynb #ops
 class Op(NamedTuple):
-    "One operation: its parameter is `zero + reach * strength`, or `zero - reach * strength` half of the time when signed"
+    "One operation: its parameter is `zero + reach * strength`; when signed, at times with minus"
     kind: str  # "none" | "geo" | "photo" | "erase"
     zero: float  # the parameter that changes nothing
     reach: float  # how far the parameter goes at strength 1
@@ -47,15 +48,17 @@ OPS = {
     "rotate": Op("geo", 0.0, 15.0, True),              # degrees
     "scale": Op("geo", 0.0, math.log(1.5), True),      # logarithm of the zoom
     "hflip": Op("geo", 0.0, 0.0, False),               # no magnitude
-    "cutout": Op("erase", 0.0, 0.4, False),            # side of the hole, part of the shorter side of the image
+    "cutout": Op("erase", 0.0, 0.4, False),            # side of the hole, part of the shorter side
 }
-PHOTO = ("identity", "autocontrast", "equalize", "solarize", "color", "posterize", "contrast", "brightness", "sharpness")
+PHOTO = ("identity", "autocontrast", "equalize", "solarize", "color", "posterize", "contrast",
+         "brightness", "sharpness")
 GEO = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 ERASE = ("cutout",)
 
 _NAMES = tuple(OPS)
 _CODE = {name: i for i, name in enumerate(_NAMES)}
-_ZERO, _REACH = np.array([o.zero for o in OPS.values()]), np.array([o.reach for o in OPS.values()])
+_ZERO = np.array([o.zero for o in OPS.values()])
+_REACH = np.array([o.reach for o in OPS.values()])
 _SIGNED = np.array([o.signed for o in OPS.values()])
 _KIND = np.array([o.kind for o in OPS.values()])
 _IS_PHOTO, _IS_GEO, _IS_ERASE = _KIND == "photo", _KIND == "geo", _KIND == "erase"
@@ -67,7 +70,8 @@ def from_tv_bin(
 ) -> float:  # strength in [0,1]
     "torchvision's magnitude as a strength; raises `UserError` outside the bins"
     if not 0 <= magnitude <= bins - 1:
-        raise UserError(f"magnitude {magnitude} is outside torchvision's bins: give 0 to {bins - 1}.")
+        raise UserError(f"magnitude {magnitude} is outside torchvision's bins: "
+                        f"give 0 to {bins - 1}.")
     return magnitude / (bins - 1)
 
 
@@ -76,35 +80,37 @@ def from_tf_level(
     top: float = 10,  # the highest level
 ) -> float:  # strength in [0,1]
     "TensorFlow's magnitude level as a strength; raises `UserError` outside the levels"
-    if not 0 <= level <= top: raise UserError(f"level {level} is outside the TensorFlow scale: give 0 to {top}.")
+    if not 0 <= level <= top:
+        raise UserError(f"level {level} is outside the TensorFlow scale: give 0 to {top}.")
     return level / top
 
 # %% ../nbs/03_augment.ipynb #params
 @dataclass
 class Params:
     "What was drawn for n images: plain tensors, row i belongs to image i"
-    op: Tensor  # (n,k) int64, always on the CPU: which op each slot applies (index into `OPS`); the groups are read from it
+    op: Tensor  # (n,k) int64, always on the CPU: the op of each slot (index into `OPS`)
     value: Tensor  # (n,k) float32: the op's own parameter (factor, bits, degrees, ...)
-    matrix: Tensor  # (n,3,3) float32: all geometric ops of the row, input to output, in pixels about the image's centre
-    warp: Tensor  # (n,2,3) float32: where each output pixel comes from, in the [-1,1] coordinates of `grid_sample`
+    matrix: Tensor  # (n,3,3) float32: all geometric ops of the row, in pixels about the centre
+    warp: Tensor  # (n,2,3) float32: where each output pixel comes from, in [-1,1] (`grid_sample`)
     unwarp: Tensor  # (n,2,3) float32: the inverse of `warp`
     box: Tensor  # (n,k,4) float32: x0, y0, x1, y1 of erased boxes, as parts of width and height
     size: tuple  # (H,W) that the draw was made for
-    grids: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # warps at pixel level, kept for the next tensor
+    # warps at pixel level, kept for the next tensor
+    grids: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self): return len(self.op)
 
-    def __getitem__(self, rows) -> "Params":
+    def __getitem__(self, rows: int | slice | Tensor) -> "Params":
         "Some of the rows: a slice or an index tensor"
         if isinstance(rows, int): rows = slice(rows, rows + 1 or None)
         host = rows.cpu() if isinstance(rows, Tensor) else rows
         moved = {k: getattr(self, k)[rows] for k in ("value", "matrix", "warp", "unwarp", "box")}
         return replace(self, op=self.op[host], **moved)
 
-    def to(self, device) -> "Params":
+    def to(self, device: torch.device | str) -> "Params":
         "The same draw on another device, without waiting for it"
-        moved = {k: getattr(self, k).to(device, non_blocking=True) for k in ("value", "matrix", "warp", "unwarp", "box")}
-        return replace(self, **moved)
+        names = ("value", "matrix", "warp", "unwarp", "box")
+        return replace(self, **{k: getattr(self, k).to(device, non_blocking=True) for k in names})
 
 # %% ../nbs/03_augment.ipynb #matrices
 def _matrices(op, value, size):
@@ -131,7 +137,8 @@ def _build(op, value, centre, size):
     "Params from host arrays: ops, their values, and the centres (n,k,2) of erased boxes"
     n, k = op.shape
     H, W = size
-    eye, box = np.broadcast_to(np.eye(3), (n, 3, 3)), np.zeros((n, k, 4))
+    eye = np.broadcast_to(np.eye(3), (n, 3, 3))
+    box = np.zeros((n, k, 4))
     moves, erases = _IS_GEO[op].any(), _IS_ERASE[op]
     matrix = _matrices(op, value, size) if moves else eye
     S, T = np.diag([W / 2, H / 2, 1]), np.diag([2 / W, 2 / H, 1])
@@ -141,64 +148,71 @@ def _build(op, value, centre, size):
         half = np.where(erases, value, 0)[..., None] * min(H, W) / np.array([W, H]) / 2
         box = np.where(erases[..., None], np.concatenate([centre - half, centre + half], -1), 0)
     f = lambda a: torch.from_numpy(np.array(a, dtype=np.float32))
-    return Params(torch.from_numpy(op), f(value), f(matrix), f(warp[:, :2]), f(unwarp[:, :2]), f(box), (H, W))
+    tensors = [f(a) for a in (value, matrix, warp[:, :2], unwarp[:, :2], box)]
+    return Params(torch.from_numpy(op), *tensors, (H, W))
 
 # %% ../nbs/03_augment.ipynb #fixed
 def fixed(
-    ops,  # names of the ops, applied in this order
-    values,  # (n,k) or (k,): each op's own parameter (factor, bits, degrees, part of the width, ...)
-    size,  # (H,W)
-    centre=(0.5, 0.5),  # of an erased box, as parts of width and height
+    ops: Sequence[str],  # names of the ops, applied in this order
+    values: Sequence,  # (n,k) or (k,): each op's own parameter (factor, bits, degrees, ...)
+    size: Sequence[int],  # (H,W)
+    centre: Sequence[float] = (0.5, 0.5),  # of an erased box, as parts of width and height
 ) -> Params:  # one row per row of values
     "Params that are chosen instead of drawn: for galleries, tests and replaying"
     value = np.atleast_2d(np.asarray(values, dtype=np.float64))
     op = np.array([[_CODE[one_of(o, OPS, "op")] for o in ops]] * len(value), dtype=np.int64)
-    if op.shape != value.shape: raise UserError(f"{len(ops)} ops were given with values of shape {value.shape}: give one value per op.")
+    if op.shape != value.shape:
+        raise UserError(f"{len(ops)} ops were given with values of shape {value.shape}: "
+                        "give one value per op.")
     return _build(op, value, np.broadcast_to(np.array(centre), (*op.shape, 2)), tuple(size))
 
 # %% ../nbs/03_augment.ipynb #fixed-matrix
 def fixed_matrix(
-    matrix,  # (n,3,3): input to output, in pixels about the centre of the image, y downwards
-    size,  # (H,W)
+    matrix: np.ndarray,  # (n,3,3): input to output, in pixels about the image's centre, y downwards
+    size: Sequence[int],  # (H,W)
 ) -> Params:
     "Params of a pure warp with given matrices"
     matrix = np.asarray(matrix, dtype=np.float64)
     P = fixed(["scale"], np.zeros((len(matrix), 1)), size)
     H, W = size
     S, T = np.diag([W / 2, H / 2, 1]), np.diag([2 / W, 2 / H, 1])
+    warp, unwarp = T @ np.linalg.inv(matrix) @ S, T @ matrix @ S
     f = lambda a: torch.from_numpy(a.astype(np.float32))
-    return replace(P, matrix=f(matrix), warp=f((T @ np.linalg.inv(matrix) @ S)[:, :2]), unwarp=f((T @ matrix @ S)[:, :2]))
+    return replace(P, matrix=f(matrix), warp=f(warp[:, :2]), unwarp=f(unwarp[:, :2]))
 
 # %% ../nbs/03_augment.ipynb #warp
 def _grid(P, size, device, inverse=False):
-    "Where every output pixel comes from, in [-1,1], as grid_sample wants it (n,H,W,2); image, label and prediction share it"
+    "Where every output pixel comes from, in [-1,1], as grid_sample wants it: (n,H,W,2)"
     key = (*size, device, inverse)
     if key not in P.grids:
         H, W = size
         theta = (P.unwarp if inverse else P.warp).to(device, non_blocking=True)
         u = (torch.arange(W, device=device, dtype=theta.dtype) * 2 + 1 - W) / W
         v = (torch.arange(H, device=device, dtype=theta.dtype) * 2 + 1 - H) / H
-        a, b, c = torch.complex(theta[:, 0], theta[:, 1])[..., None].unbind(1)  # x and y as one number: one broadcast sum for both
+        # x and y as one complex number: one broadcast sum for both
+        a, b, c = torch.complex(theta[:, 0], theta[:, 1])[..., None].unbind(1)
         P.grids[key] = torch.view_as_real((a * u + c)[:, None] + (b * v)[:, :, None])
     return P.grids[key]
 
 
 def _sample(x, grid, mode):
-    "grid_sample in the precision of the grid, or better: half precision cannot name a pixel of a large image"
+    "grid_sample in the grid's precision or better: half precision cannot name so many pixels"
     kind = torch.promote_types(x.dtype, grid.dtype)
-    out = F.grid_sample(x.to(kind), grid.to(kind), mode=mode, padding_mode="zeros", align_corners=False)
+    out = F.grid_sample(x.to(kind), grid.to(kind), mode, padding_mode="zeros", align_corners=False)
     return out if kind == x.dtype else out.to(x.dtype)
 
 
 def _inside(grid):
     "Which part of each pixel stems from inside: (n,H,W) in [0,1]"
-    along = [(1 - grid[..., i].abs()).mul_(grid.shape[2 - i] / 2).add_(0.5).clamp_(0, 1) for i in (0, 1)]
-    return along[0] * along[1]
+    def along(axis):
+        pixels = (1 - grid[..., axis].abs()).mul_(grid.shape[2 - axis] / 2)
+        return pixels.add_(0.5).clamp_(0, 1)
+    return along(0) * along(1)
 
 
 def _nearest(y, grid):
     "Warp rows of a label (m,H,W): the nearest source pixel, 255 where that lies outside"
-    shifted = y[:, None].to(grid.dtype).sub_(IGNORE)                    # grid_sample pads with 0, so 255 has to be 0
+    shifted = y[:, None].to(grid.dtype).sub_(IGNORE)  # grid_sample pads with 0, so 255 has to be 0
     return _sample(shifted, grid, "nearest").add_(IGNORE)[:, 0].to(y.dtype)
 
 # %% ../nbs/03_augment.ipynb #holes
@@ -208,13 +222,15 @@ def _holes(P, size, device):
     box = P.box.to(device, non_blocking=True)[..., None]
     u = (torch.arange(W, device=device) + 0.5) / W
     v = (torch.arange(H, device=device) + 0.5) / H
-    across, down = (u >= box[..., 0, :]) & (u < box[..., 2, :]), (v >= box[..., 1, :]) & (v < box[..., 3, :])
+    across = (u >= box[..., 0, :]) & (u < box[..., 2, :])
+    down = (v >= box[..., 1, :]) & (v < box[..., 3, :])
     return (down[..., :, None] & across[..., None, :]).any(1)
 
 
 def _rows(chosen, device):
     "The index of the chosen rows on the device; None when all are chosen"
-    return None if chosen.all() else torch.from_numpy(np.flatnonzero(chosen)).to(device, non_blocking=True)
+    if chosen.all(): return None
+    return torch.from_numpy(np.flatnonzero(chosen)).to(device, non_blocking=True)
 
 
 def _pick(x, rows): return x if rows is None else x.index_select(0, rows)
@@ -242,14 +258,14 @@ def _color(x, v):
 def _autocontrast(x, v):
     low = x.amin((2, 3), keepdim=True)
     span = x.amax((2, 3), keepdim=True).sub_(low)
-    flat = span == 0                                                    # one value only: left as it is
+    flat = span == 0  # one value only: left as it is
     x.sub_(low.masked_fill_(flat, 0)).div_(span.masked_fill_(flat, 1)).clamp_(0, 1)
 
 
 def _invert(x, v): x.neg_().add_(1)
 
 # %% ../nbs/03_augment.ipynb #point-ops
-def _solarize(x, v): x.sub_(x.clone().ge_(v)).abs_()                    # x below the threshold, |x - 1| above
+def _solarize(x, v): x.sub_(x.clone().ge_(v)).abs_()  # x below the threshold, |x - 1| above
 
 
 def _solarize_add(x, v): x.add_(x.lt(0.5) * v).clamp_(0, 1)
@@ -264,8 +280,10 @@ def _sharpness(x, v):
     if min(x.shape[-2:]) < 3: return
     H, W = x.shape[-2:]
     rows = (x.narrow(2, 0, H - 2) + x.narrow(2, 1, H - 2)).add_(x.narrow(2, 2, H - 2))
-    blur = (rows.narrow(3, 0, W - 2) + rows.narrow(3, 1, W - 2)).add_(rows.narrow(3, 2, W - 2))     # sums of 3x3 pixels
-    x.narrow(2, 1, H - 2).narrow(3, 1, W - 2).mul_(v + (1 - v) * (4 / 13)).add_(blur.mul_((1 - v) / 13))
+    blur = rows.narrow(3, 0, W - 2) + rows.narrow(3, 1, W - 2)
+    blur.add_(rows.narrow(3, 2, W - 2))  # sums of 3x3 pixels
+    inner = x.narrow(2, 1, H - 2).narrow(3, 1, W - 2)
+    inner.mul_(v + (1 - v) * (4 / 13)).add_(blur.mul_((1 - v) / 13))
     x.clamp_(0, 1)
 
 
@@ -273,21 +291,25 @@ def _equalize(x, v):
     bins = x.mul(255.999).clamp_(0, 255).long().flatten(2)
     counts = bins.new_zeros((*bins.shape[:2], 256)).scatter_add_(2, bins, torch.ones_like(bins))
     total = counts.cumsum(2)
-    last = total.argmax(2, keepdim=True)                                # the brightest value that occurs
+    last = total.argmax(2, keepdim=True)  # the brightest value that occurs
     step = (bins.shape[2] - counts.gather(2, last)) // 255
     table = (total - counts + step // 2).div(step.clamp(min=1), rounding_mode="floor").clamp(0, 255)
     table = torch.where(step == 0, torch.arange(256, device=x.device), table)
     torch.gather(table.to(x) / 255, 2, bins, out=x.flatten(2))
 
 # %% ../nbs/03_augment.ipynb #grouping
-_PHOTO_OP = {"brightness": _brightness, "contrast": _contrast, "color": _color, "autocontrast": _autocontrast, "invert": _invert,
-             "solarize": _solarize, "solarize_add": _solarize_add, "posterize": _posterize, "sharpness": _sharpness, "equalize": _equalize}
+_PHOTO_OP = {
+    "brightness": _brightness, "contrast": _contrast, "color": _color, "sharpness": _sharpness,
+    "autocontrast": _autocontrast, "invert": _invert, "equalize": _equalize,
+    "solarize": _solarize, "solarize_add": _solarize_add, "posterize": _posterize,
+}
+
 
 def _index(rows, like): return torch.from_numpy(rows).to(like.device, non_blocking=True)
 
 
 def _photo(x, P):
-    "The photometric ops of every row in drawn order; rows are sorted by op, so that each op runs once per slot on a slice"
+    "The photometric ops in drawn order; rows are sorted by op: each runs once per slot, on a slice"
     op = P.op.numpy()
     start = order = np.arange(len(op))
     for j in range(op.shape[1]):
@@ -295,8 +317,9 @@ def _photo(x, P):
         if not key.any(): continue
         perm = key.argsort(kind="stable")
         order, key = order[perm], key[perm]
-        value = P.value.select(1, j).index_select(0, _index(order, P.value)).to(x, non_blocking=True).view(-1, 1, 1, 1)
-        x = x.index_select(0, _index(perm, x))                          # a fresh tensor: the ops below work in place
+        value = P.value.select(1, j).index_select(0, _index(order, P.value))
+        value = value.to(x, non_blocking=True).view(-1, 1, 1, 1)
+        x = x.index_select(0, _index(perm, x))  # a fresh tensor: the ops below work in place
         codes, counts = np.unique(key, return_counts=True)
         counts = counts.tolist()
         for code, part, v in zip(codes.tolist(), x.split(counts), value.split(counts)):
@@ -307,40 +330,54 @@ def _photo(x, P):
 def _check(P, x, dims, what):
     "Stop with a sentence when the draw and the tensor do not belong together"
     if not isinstance(P, Params):
-        raise UserError(f"A policy is replayed from a draw, but got {type(P).__name__}: P = policy.sample(len(image), image.shape[-2:], generator), "
+        raise UserError(f"A policy is replayed from a draw, but got {type(P).__name__}: "
+                        "P = policy.sample(len(image), image.shape[-2:], generator), "
                         "then policy.apply_image(image, P) and policy.apply_label(label, P).")
-    if x.dim() != dims: raise UserError(f"The {what} has shape {tuple(x.shape)}: give {'(B,H,W)' if dims == 3 else '(B,C,H,W)'}.")
-    if len(x) != len(P): raise UserError(f"The draw has {len(P)} rows, but the {what} has {len(x)}: give one row per image.")
+    if x.dim() != dims:
+        form = "(B,H,W)" if dims == 3 else "(B,C,H,W)"
+        raise UserError(f"The {what} has shape {tuple(x.shape)}: give {form}.")
+    if len(x) != len(P):
+        raise UserError(f"The draw has {len(P)} rows, but the {what} has {len(x)}: "
+                        "give one row per image.")
     (H, W), (h, w) = P.size, x.shape[-2:]
-    if abs(h * W - w * H) > 0.05 * h * W: raise UserError(f"The draw was made for {H}x{W}, but the {what} is {h}x{w}: give the same proportions.")
+    if abs(h * W - w * H) > 0.05 * h * W:
+        raise UserError(f"The draw was made for {H}x{W}, but the {what} is {h}x{w}: "
+                        "give the same proportions.")
 
 # %% ../nbs/03_augment.ipynb #views
 def _view_image(x, P, fill):
     "Photometric ops in drawn order, one warp, then erased boxes"
     _check(P, x, 4, "image")
-    if not x.is_floating_point(): raise UserError(f"The image is {x.dtype}: give float in [0,1], for example image.float() / 255.")
+    if not x.is_floating_point():
+        raise UserError(f"The image is {x.dtype}: give float in [0,1], "
+                        "for example image.float() / 255.")
     if x.shape[1] != 3: raise UserError(f"The image has {x.shape[1]} channels: give (B,3,H,W).")
-    out, op, size = _photo(x, P), P.op.numpy(), x.shape[-2:]
+    out = _photo(x, P)
+    op, size = P.op.numpy(), x.shape[-2:]
     fill = torch.tensor(fill, dtype=x.dtype).to(x.device, non_blocking=True).view(3, 1, 1)
     moved = _IS_GEO[op].any(1)
     if moved.any():
         rows = _rows(moved, x.device)
-        part = _sample(_pick(out, rows) - fill, _pick(_grid(P, size, x.device), rows), "bilinear").add_(fill).clamp_(0, 1)
-        out = _put(out, rows, part)                                     # clamped: rounding may leave [0,1]
-    return torch.where(_holes(P, size, x.device)[:, None], fill, out) if _IS_ERASE[op].any() else out
+        grid = _pick(_grid(P, size, x.device), rows)
+        part = _sample(_pick(out, rows) - fill, grid, "bilinear").add_(fill)
+        out = _put(out, rows, part.clamp_(0, 1))                        # rounding may leave [0,1]
+    if not _IS_ERASE[op].any(): return out
+    return torch.where(_holes(P, size, x.device)[:, None], fill, out)
 
 
 def _view_label(y, P, ignore_erased):
     "The same warp with the nearest pixel"
     _check(P, y, 3, "label")
     if y.is_floating_point() or y.dtype == torch.bool:
-        raise UserError(f"The label is {y.dtype}: give integer classes; soft maps go through apply_pred.")
+        raise UserError(f"The label is {y.dtype}: give integer classes; "
+                        "soft maps go through apply_pred.")
     op, size = P.op.numpy(), y.shape[-2:]
     moved = _IS_GEO[op].any(1)
     if moved.any():
         rows = _rows(moved, y.device)
         y = _put(y, rows, _nearest(_pick(y, rows), _pick(_grid(P, size, y.device), rows)))
-    return y.masked_fill(_holes(P, size, y.device), IGNORE) if ignore_erased and _IS_ERASE[op].any() else y
+    if not (ignore_erased and _IS_ERASE[op].any()): return y
+    return y.masked_fill(_holes(P, size, y.device), IGNORE)
 
 # %% ../nbs/03_augment.ipynb #pred
 def _valid(P, size, device):
@@ -352,38 +389,48 @@ def _valid(P, size, device):
 
 
 def _soft(p, P, inverse):
-    "Warp a float map and divide by the part of each pixel that is inside; valid where nearly all of it is"
+    "Warp a float map, divided by the part of each pixel that is inside; valid where nearly all is"
     _check(P, p, 4, "prediction")
-    if not p.is_floating_point(): raise UserError(f"The prediction is {p.dtype}: give float maps; classes go through apply_label.")
-    moved, size = _IS_GEO[P.op.numpy()].any(1), p.shape[-2:]
+    if not p.is_floating_point():
+        raise UserError(f"The prediction is {p.dtype}: give float maps; "
+                        "classes go through apply_label.")
+    size = p.shape[-2:]
+    moved = _IS_GEO[P.op.numpy()].any(1)
     valid = _valid(P, size, p.device)                                   # in the view's frame
     if moved.any():
         rows = _rows(moved, p.device)
         grid = _pick(_grid(P, size, p.device, inverse), rows)
         part = _inside(grid)
-        out = _sample(_pick(p, rows), grid, "bilinear") / torch.where(part > 0.999, part, 1)[:, None].to(p.dtype)
-        if inverse: valid = _put(valid, rows, _sample(_pick(valid, rows)[:, None].to(grid.dtype), grid, "bilinear")[:, 0] > 0.999)
+        divisor = torch.where(part > 0.999, part, 1)[:, None].to(p.dtype)
+        out = _sample(_pick(p, rows), grid, "bilinear") / divisor
+        if inverse:
+            known = _sample(_pick(valid, rows)[:, None].to(grid.dtype), grid, "bilinear")[:, 0]
+            valid = _put(valid, rows, known > 0.999)
         p = _put(p, rows, out)
     return p, valid
 
 # %% ../nbs/03_augment.ipynb #draw
 class Slot(NamedTuple):
-    "One step of a policy: an op drawn uniformly from `ops`, used with probability `p` at a strength drawn between `low` and `high`"
+    "One step of a policy: an op drawn uniformly from `ops`, at a strength drawn uniformly"
     ops: tuple
-    p: float = 1.0
-    low: float = 0.0
-    high: float = 1.0
+    p: float = 1.0  # probability that it is used
+    low: float = 0.0  # least strength
+    high: float = 1.0  # greatest strength
     signed: bool = True  # False keeps the sign of the strength, also for ops that go both ways
 
 
 def _tables(programs):
-    "The programs as arrays (programs, slots, ...), shorter ones filled up with slots that do nothing"
-    k, m = max(map(len, programs)), max([len(s.ops) for p in programs for s in p], default=1)
+    "The programs as arrays (programs, slots, ...), filled up with slots that do nothing"
+    k = max(map(len, programs))
+    m = max([len(s.ops) for p in programs for s in p], default=1)
     slots = [[*p, *[Slot(("identity",), 0.0)] * (k - len(p))] for p in programs]
     code = lambda s: [_CODE[one_of(o, OPS, "op")] for o in s.ops] + [0] * (m - len(s.ops))
-    table = lambda of, d, *more: np.array([[of(s) for s in p] for p in slots], dtype=d).reshape(len(slots), k, *more)
-    return (table(code, np.int64, m), table(lambda s: len(s.ops), int), table(lambda s: s.p, float),
-            table(lambda s: s.low, float), table(lambda s: s.high, float), table(lambda s: s.signed, bool))
+    def table(of, dtype, *more):
+        rows = np.array([[of(s) for s in p] for p in slots], dtype=dtype)
+        return rows.reshape(len(slots), k, *more)
+    return (table(code, np.int64, m), table(lambda s: len(s.ops), int),
+            table(lambda s: s.p, float), table(lambda s: s.low, float),
+            table(lambda s: s.high, float), table(lambda s: s.signed, bool))
 
 
 def _draw(tables, n, size, generator):
@@ -399,53 +446,54 @@ def _draw(tables, n, size, generator):
     value = _ZERO[op] + sign * _REACH[op] * strength
     bits = op == _CODE["posterize"]
     value = np.where(bits, np.floor(value + 0.5), value)
-    op = np.where(bits & (value >= 8), 0, op)                           # eight bits are the image itself
+    op = np.where(bits & (value >= 8), 0, op)  # eight bits are the image itself
     return _build(op, value, u[..., 4:], size)
 
 # %% ../nbs/03_augment.ipynb #policy
 @dataclass(frozen=True)
 class Policy:
-    "What may be done to an image; `sample` draws it for a batch, and the draw is replayed on image, label and prediction"
+    "What may be done to an image: `sample` draws it, image, label and prediction replay the draw"
     name: str
     programs: tuple = ((),)  # one program (a tuple of `Slot`s) is drawn per image
     fill: tuple = (0.5, 0.5, 0.5)  # colour of padding and of erased boxes: the mean of the data set
-    erased_label: str = "keep"  # under an erased box: "keep" the label (learn from context) or "ignore" it
+    erased_label: str = "keep"  # under an erased box: "keep" the label, or "ignore" it
 
     def __post_init__(self):
         one_of(self.erased_label, ("keep", "ignore"), "erased_label")
         object.__setattr__(self, "_tables", _tables(self.programs))
 
     def sample(self, n: int, size: tuple, generator: torch.Generator) -> Params:
-        "Draw for n images of size (H,W); the generator lives on the CPU, so that a seed gives the same draw on every device"
+        "Draw for n images of size (H,W), on the CPU: a seed gives the same draw on every device"
         if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
-            raise UserError("sample needs a torch.Generator on the CPU, for example core.generator(seed, 'views').")
+            raise UserError("sample needs a torch.Generator on the CPU, for example "
+                            "core.generator(seed, 'views').")
         return _draw(self._tables, n, tuple(size), generator)
 
     def apply_image(self, x: Tensor, P: Params) -> Tensor:
-        "The view of images (B,3,H,W) in [0,1]; padding and boxes get the colour `fill`. Returns x itself when nothing was drawn"
+        "The view of images (B,3,H,W) in [0,1]; padding and boxes get the colour `fill`"
         return _view_image(x, P, self.fill)
 
     def __call__(self, image: Tensor, P: Params) -> Tensor: return self.apply_image(image, P)
 
     def apply_label(self, y: Tensor, P: Params) -> Tensor:
-        "The view of an integer label (B,H,W), same dtype: padding is 255, photometric ops leave it alone"
+        "The view of an integer label (B,H,W), same dtype: padding is 255"
         return _view_label(y, P, self.erased_label == "ignore")
 
     def apply_pred(self, p: Tensor, P: Params) -> tuple[Tensor, Tensor]:
-        "A float map (B,C,H,W) in the view's frame, and valid (B,H,W): False in padding and boxes. Differentiable in p"
+        "A float map (B,C,H,W) in the view's frame, and valid (B,H,W): False in padding and boxes"
         return _soft(p, P, inverse=False)
 
     def invert_pred(self, p: Tensor, P: Params) -> tuple[Tensor, Tensor]:
-        "A map in the view's frame taken back to the original's, and valid (B,H,W): False where the view did not show the pixel"
+        "A map of the view taken back to the original's frame, and valid (B,H,W): what it showed"
         return _soft(p, P, inverse=True)
 
     def valid(self, P: Params, size: tuple | None = None) -> Tensor:
-        "Which pixels of the view stem from inside the image and were not erased: (B,H,W) bool on the device of P"
+        "Which pixels of the view stem from inside the image and were not erased: (B,H,W) bool"
         return _valid(P, tuple(size or P.size), P.warp.device)
 
 # %% ../nbs/03_augment.ipynb #identity
-def identity(
-    fill=(0.5, 0.5, 0.5),  # mean of the data set
+def identity_policy(
+    fill: Sequence[float] = (0.5, 0.5, 0.5),  # mean of the data set
 ) -> Policy:
     "The policy that changes nothing"
     return Policy("identity", fill=tuple(fill))
@@ -453,20 +501,26 @@ def identity(
 
 def _strength(s):
     low, high = s if isinstance(s, (tuple, list)) else (s, s)
-    if not 0 <= low <= high <= 1: raise UserError(f"strength {s} is not in [0,1]: give a number, or (low, high) to draw from a range.")
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"strength {s} is not in [0,1]: give a number, "
+                        "or (low, high) to draw from a range.")
     return float(low), float(high)
 
 # %% ../nbs/03_augment.ipynb #flip-crop
 def flip_crop(
-    scale=(0.8, 1.25),  # zoom, drawn log-uniformly between these
+    scale: Sequence[float] = (0.8, 1.25),  # zoom, drawn log-uniformly between these
     shift: float = 0.1,  # largest shift, as a part of the side
     flip: float = 0.5,  # probability of a mirror image
-    fill=(0.5, 0.5, 0.5),  # mean of the data set
+    fill: Sequence[float] = (0.5, 0.5, 0.5),  # mean of the data set
 ) -> Policy:
     "The weak view: mirror, zoom, shift, in one warp"
-    if not 0 < scale[0] <= scale[1]: raise UserError(f"scale {scale} is not a range of zooms: give (low, high) with 0 < low <= high.")
-    if not 0 <= shift <= 1: raise UserError(f"shift {shift} is not in [0,1]: give it as a part of the image's side.")
-    if not 0 <= flip <= 1: raise UserError(f"flip {flip} is not a probability: give a number in [0,1].")
+    if not 0 < scale[0] <= scale[1]:
+        raise UserError(f"scale {scale} is not a range of zooms: "
+                        "give (low, high) with 0 < low <= high.")
+    if not 0 <= shift <= 1:
+        raise UserError(f"shift {shift} is not in [0,1]: give it as a part of the image's side.")
+    if not 0 <= flip <= 1:
+        raise UserError(f"flip {flip} is not a probability: give a number in [0,1].")
     zoom = [math.log(s) / OPS["scale"].reach for s in scale]
     far = shift / OPS["translate_x"].reach
     slots = (Slot(("hflip",), flip, 1.0, 1.0), Slot(("scale",), 1.0, *zoom, signed=False),
@@ -476,26 +530,33 @@ def flip_crop(
 # %% ../nbs/03_augment.ipynb #randaugment
 def randaugment(
     n: int = 2,  # ops per image
-    strength=0.5,  # in [0,1], or (low, high) to draw one per op
-    ops=PHOTO,  # names to draw from, with replacement
-    fill=(0.5, 0.5, 0.5),  # mean of the data set
+    strength: float | tuple = 0.5,  # in [0,1], or (low, high) to draw one per op
+    ops: Sequence[str] = PHOTO,  # names to draw from, with replacement
+    fill: Sequence[float] = (0.5, 0.5, 0.5),  # mean of the data set
     erased_label: str = "keep",  # or "ignore"
 ) -> Policy:
     "RandAugment (arXiv 1909.13719): n ops drawn uniformly, all at one strength"
-    if not (isinstance(n, int) and n >= 0): raise UserError(f"n is {n!r}: give the number of ops, 0 or more.")
-    if not len(ops): raise UserError("ops is empty: give at least one op, for example augment.PHOTO.")
-    return Policy("randaugment", ((Slot(tuple(ops), 1.0, *_strength(strength)),) * n,), tuple(fill), erased_label)
+    if not (isinstance(n, int) and n >= 0):
+        raise UserError(f"n is {n!r}: give the number of ops, 0 or more.")
+    if not len(ops):
+        raise UserError("ops is empty: give at least one op, for example augment.PHOTO.")
+    slot = Slot(tuple(ops), 1.0, *_strength(strength))
+    return Policy("randaugment", ((slot,) * n,), tuple(fill), erased_label)
 
 # %% ../nbs/03_augment.ipynb #autoaugment
 def autoaugment(
-    fill=(0.5, 0.5, 0.5),  # mean of the data set
+    fill: Sequence[float] = (0.5, 0.5, 0.5),  # mean of the data set
 ) -> Policy:  # 25 programs of two slots
-    "AutoAugment's 25 ImageNet sub-policies (arXiv 1805.09501), read from torchvision and replayed through our ops"
+    "AutoAugment's 25 ImageNet sub-policies (arXiv 1805.09501), read from torchvision, with our ops"
     from torchvision.transforms import v2
 
-    names = {"Posterize": "posterize", "Rotate": "rotate", "Solarize": "solarize", "AutoContrast": "autocontrast", "Equalize": "equalize",
-             "Color": "color", "Contrast": "contrast", "Sharpness": "sharpness", "Invert": "invert", "ShearX": "shear_x", "ShearY": "shear_y",
-             "TranslateX": "translate_x", "TranslateY": "translate_y", "Brightness": "brightness"}
+    names = {
+        "Brightness": "brightness", "Contrast": "contrast", "Color": "color",
+        "Sharpness": "sharpness", "AutoContrast": "autocontrast", "Equalize": "equalize",
+        "Invert": "invert", "Posterize": "posterize", "Solarize": "solarize", "Rotate": "rotate",
+        "ShearX": "shear_x", "ShearY": "shear_y", "TranslateX": "translate_x",
+        "TranslateY": "translate_y",
+    }
     strength = lambda m: 1.0 if m is None else from_tv_bin(m, 10)
     programs = tuple(tuple(Slot((names[op],), p, strength(m), strength(m)) for op, p, m in sub)
                      for sub in v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)._policies)
@@ -504,14 +565,18 @@ def autoaugment(
 # %% ../nbs/03_augment.ipynb #cutmix-boxes
 def cutmix_boxes(
     n: int,  # images
-    size,  # (H,W)
+    size: Sequence[int],  # (H,W)
     generator: torch.Generator,  # on the CPU
-    area=(0.25, 0.5),  # part of the image that the box covers, drawn uniformly
-    aspect=(0.5, 2),  # height : width relative to the image, drawn log-uniformly; tempered so that the box fits
+    area: Sequence[float] = (0.25, 0.5),  # part of the image that the box covers, drawn uniformly
+    # height : width relative to the image, drawn log-uniformly; tempered so that the box fits
+    aspect: Sequence[float] = (0.5, 2),
 ) -> Tensor:  # (n,H,W) bool on the CPU, True inside the box
     "Boxes for CutMix, wholly inside the image"
-    if not 0 <= area[0] <= area[1] <= 1: raise UserError(f"area {area} is not a range in [0,1]: give the part of the image that a box covers.")
-    if not 0 < aspect[0] <= aspect[1]: raise UserError(f"aspect {aspect} is not a range: give (low, high) with 0 < low <= high.")
+    if not 0 <= area[0] <= area[1] <= 1:
+        raise UserError(f"area {area} is not a range in [0,1]: "
+                        "give the part of the image that a box covers.")
+    if not 0 < aspect[0] <= aspect[1]:
+        raise UserError(f"aspect {aspect} is not a range: give (low, high) with 0 < low <= high.")
     H, W = size
     u = torch.rand(n, 4, generator=generator, dtype=torch.float64)
     part = area[0] + (area[1] - area[0]) * u[:, 0]
@@ -530,16 +595,19 @@ def cutmix(
     b: Tensor,  # (B,...,H,W): inside the box
     box: Tensor,  # (B,H,W) bool
 ) -> Tensor:
-    "Paste b into a inside the box; image, label, confidence and valid map of a pair take the same box"
-    if a.shape != b.shape: raise UserError(f"CutMix of shapes {tuple(a.shape)} and {tuple(b.shape)}: give two tensors of one shape.")
+    "Paste b into a inside the box; everything that is known of a pair of images takes one box"
+    if a.shape != b.shape:
+        raise UserError(f"CutMix of shapes {tuple(a.shape)} and {tuple(b.shape)}: "
+                        "give two tensors of one shape.")
     if box.dtype != torch.bool or (len(box), *box.shape[-2:]) != (len(a), *a.shape[-2:]):
-        raise UserError(f"The box is {box.dtype} of shape {tuple(box.shape)}: give bool {(len(a), *a.shape[-2:])}.")
+        raise UserError(f"The box is {box.dtype} of shape {tuple(box.shape)}: "
+                        f"give bool {(len(a), *a.shape[-2:])}.")
     box = box.to(a.device, non_blocking=True)
     return torch.where(box.view(len(a), *[1] * (a.dim() - 3), *a.shape[-2:]), b, a)
 
 
 def partner(x: Tensor) -> Tensor:
-    "Another image of the batch for every image: neighbours swap; in an odd batch everybody takes the one before"
+    "Another image of the batch for every image: neighbours swap; an odd batch moves by one"
     return x.roll(1, 0) if len(x) % 2 else x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 # %% ../nbs/03_augment.ipynb #paste
@@ -547,7 +615,8 @@ def paste(
     box: Tensor,  # (B,H,W) bool
     *maps: Tensor,  # images (B,3,H,W), logits, labels, valid maps (B,H,W)
 ) -> list[Tensor]:
-    "Inside the box every image becomes its partner, and so does everything that is known about its pixels"
+    "Inside the box every image becomes its partner, and so does all that is known of its pixels"
     if len(box) < 2 and box.any():
-        raise UserError("A single unlabelled image has no partner to paste from: give an unlabelled batch of at least 2.")
+        raise UserError("A single unlabelled image has no partner to paste from: "
+                        "give an unlabelled batch of at least 2.")
     return [cutmix(m, partner(m), box) for m in maps]

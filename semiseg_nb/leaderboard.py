@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SUPERVISED', 'GROUP', 'GROUP_DATA', 'GROUP_PARAMS', 'GENERATORS', 'REFERENCE', 'group_of', 'is_generator', 'question',
-           'told', 'row_of', 'repetition', 'interval', 'Row', 'compare', 'describe', 'gain_text', 'title_of',
+           'in_words', 'row_of', 'repetition', 'interval', 'Row', 'compare', 'describe', 'gain_text', 'title_of',
            'markdown_table', 'chart', 'read_reference', 'reference_tables']
 
 # %% ../nbs/91_leaderboard.ipynb #imports
 import csv
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,10 @@ GENERATORS = ("stylegan2",)  # models that labels alone cannot train
 
 def group_of(record: dict) -> tuple:
     "What two records must share to be compared"
-    parts = [record[k] for k in GROUP] + [record["dataset"][k] for k in GROUP_DATA] + [record["params"].get(k) for k in GROUP_PARAMS]
-    return tuple(map(str, parts))
+    data, params = record["dataset"], record["params"]
+    run = [record[k] for k in GROUP]
+    images = [data[k] for k in GROUP_DATA]
+    return tuple(map(str, [*run, *images, *map(params.get, GROUP_PARAMS)]))
 
 
 def is_generator(group: tuple) -> bool: return group[GROUP.index("model")] in GENERATORS
@@ -41,15 +44,16 @@ def question(group: tuple) -> tuple:
     return group[0], *group[n:n + len(GROUP_DATA)], group[-1]
 
 
-def told(value) -> str:
+def in_words(value: object) -> str:
     "A setting in words: 1 and 1.0 are the same number"
-    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"{value:g}" if is_number else str(value)
 
 
 def row_of(record: dict) -> tuple:
     "A method with its settings: what its seeds share"
     own = {k: v for k, v in record["params"].items() if k not in (*GROUP_PARAMS, "split_seed")}
-    return record["method"], tuple(sorted((k, told(v)) for k, v in own.items()))
+    return record["method"], tuple(sorted((k, in_words(v)) for k, v in own.items()))
 
 
 def repetition(record: dict) -> tuple:
@@ -58,15 +62,16 @@ def repetition(record: dict) -> tuple:
 
 # %% ../nbs/91_leaderboard.ipynb #interval
 def interval(
-    values,  # one number per seed
+    values: Sequence[float],  # one per seed
     level: float = 0.95,
 ) -> tuple[float, float]:  # (nan, nan) for fewer than two values
     "Percentile bootstrap interval of the mean"
     values = np.asarray(values, float)
     if len(values) < 2: return float("nan"), float("nan")
     if np.ptp(values) == 0: return float(values[0]), float(values[0])
-    found = stats.bootstrap((values,), np.mean, confidence_level=level, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return float(found.low), float(found.high)
+    low, high = stats.bootstrap((values,), np.mean, confidence_level=level, method="percentile",
+                                rng=np.random.default_rng(0)).confidence_interval
+    return float(low), float(high)
 
 # %% ../nbs/91_leaderboard.ipynb #compare
 @dataclass
@@ -85,15 +90,17 @@ class Row:
     def mean(self) -> float: return float(np.mean(self.miou))
 
     @property
-    def spread(self) -> float: return float(np.std(self.miou, ddof=1)) if len(self.miou) > 1 else float("nan")
+    def spread(self) -> float:
+        return float(np.std(self.miou, ddof=1)) if len(self.miou) > 1 else float("nan")
 
 
 def compare(
     records: list[dict],  # of `read_records`
-    profiles=("lesson", "real"),  # never mixed with "smoke"
+    profiles: Sequence[str] = ("lesson", "real"),  # never mixed with "smoke"
 ) -> dict[tuple, list[Row]]:  # group -> rows, best mean first
-    "Cut records into groups and set every row against the best supervised row of its group, seed by seed"
-    groups, lent = defaultdict(lambda: defaultdict(dict)), defaultdict(lambda: defaultdict(dict))
+    "Records in groups, every row against the best supervised row of its group, seed by seed"
+    groups = defaultdict(lambda: defaultdict(dict))
+    lent = defaultdict(lambda: defaultdict(dict))
     for r in records:
         if r["profile"] not in profiles: continue
         groups[group_of(r)][row_of(r)][repetition(r)] = r
@@ -105,15 +112,20 @@ def compare(
 
 def _rows(found: dict) -> list[Row]:
     "The rows of one group"
-    score = {key: {rep: r["result"]["miou"] for rep, r in runs.items()} for key, runs in found.items()}
+    scores = {key: {rep: r["result"]["miou"] for rep, r in runs.items()}
+              for key, runs in found.items()}
     baselines = [key for key in found if key[0] in SUPERVISED]
-    best = max(baselines, key=lambda k: np.mean(list(score[k].values())), default=None)
+    best = max(baselines, key=lambda k: np.mean(list(scores[k].values())), default=None)
     rows = []
     for key, runs in found.items():
-        gain = [score[key][rep] - score[best][rep] for rep in sorted(runs) if best and rep in score[best] and key != best]
-        title = next(iter(runs.values())).get("title", key[0])
-        rows.append(Row(key[0], title, dict(key[1]), sorted(runs), [score[key][rep] for rep in sorted(runs)],
-                        float(np.mean([r["seconds"] for r in runs.values()])), gain, key == best))
+        (method, settings), score = key, scores[key]
+        base = {} if key == best else scores.get(best, {})
+        rows.append(Row(
+            method, next(iter(runs.values())).get("title", method), dict(settings), sorted(runs),
+            miou=[score[rep] for rep in sorted(runs)],
+            seconds=float(np.mean([r["seconds"] for r in runs.values()])),
+            gain=[score[rep] - base[rep] for rep in sorted(runs) if rep in base],
+            is_baseline=key == best))
     return sorted(rows, key=lambda row: -row.mean)
 
 # %% ../nbs/91_leaderboard.ipynb #table
@@ -137,19 +149,30 @@ def gain_text(row: Row) -> str:
 def title_of(group: tuple) -> str:
     "A group in words"
     names = dict(zip(GROUP + GROUP_DATA + GROUP_PARAMS, group))
-    net = names["model"] if names["encoder"] == "None" else f"{names['model']} on {names['encoder']}"
-    width = f", width {names['width']}" if names["width"] != "None" else ""
+    net = names["model"]
+    if names["encoder"] != "None": net += f" on {names['encoder']}"
+    if names["width"] != "None": net += f", width {names['width']}"
     end = "; supervised rows: a segmentation network" if is_generator(group) else ""
-    return f"{names['name']}, {names['n_labelled']} labelled, {net}{width}, {names['steps']} steps, size {names['size']}{end}"
+    return (f"{names['name']}, {names['n_labelled']} labelled, {net}, {names['steps']} steps, "
+            f"size {names['size']}{end}")
 
 
 def markdown_table(rows: list[Row]) -> str:
     "The rows of one group as Markdown"
-    lines = ["| method | mIoU, mean | spread | runs | paired difference in points [95 %] | seconds |", "|---|---|---|---|---|---|"]
+    head = ["method", "mIoU, mean", "spread", "runs", "paired difference in points [95 %]",
+            "seconds"]
+    lines = []
     for r in rows:
         spread = "" if np.isnan(r.spread) else f"{r.spread:.3f}"
-        lines.append(f"| {describe(r, rows)} | {r.mean:.3f} | {spread} | {len(r.repetitions)} | {gain_text(r)} | {r.seconds:.0f} |")
-    return "\n".join(lines)
+        lines.append([describe(r, rows), f"{r.mean:.3f}", spread, str(len(r.repetitions)),
+                      gain_text(r), f"{r.seconds:.0f}"])
+    return _markdown(head, lines)
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    "A table"
+    cells = ["| " + " | ".join(line) + " |" for line in (head, *lines)]
+    return "\n".join([cells[0], "|" + "---|" * len(head), *cells[1:]])
 
 # %% ../nbs/91_leaderboard.ipynb #chart
 def chart(rows: list[Row], ax, title: str = "") -> None:
@@ -171,13 +194,17 @@ def chart(rows: list[Row], ax, title: str = "") -> None:
 REFERENCE = ("method", "data", "labels", "tags", "model", "backbone", "miou", "protocol", "source")
 
 
-def read_reference(path) -> list[dict]:
-    "The published numbers, one dict of strings per row; raises `UserError` when the file or a column is missing"
+def read_reference(path: str | Path) -> list[dict]:
+    "The published numbers, a dict of strings per row; `UserError` where file or column is missing"
     path = Path(path)
-    if not path.exists(): raise UserError(f"There is no file {path} with published numbers: it belongs beside the notebooks.")
+    if not path.exists():
+        raise UserError(f"There is no file {path} with published numbers: "
+                        "it belongs beside the notebooks.")
     with path.open(newline="") as f: rows = list(csv.DictReader(f))
-    lost = [k for k in REFERENCE if not rows or k not in rows[0]]
-    if lost: raise UserError(f"'{path}' has no column {', '.join(lost)}: the first line must read {','.join(REFERENCE)}.")
+    absent = [k for k in REFERENCE if not rows or k not in rows[0]]
+    if absent:
+        raise UserError(f"'{path}' has no column {', '.join(absent)}: "
+                        f"the first line must read {','.join(REFERENCE)}.")
     return rows
 
 # %% ../nbs/91_leaderboard.ipynb #reference-tables
@@ -190,22 +217,27 @@ def _count(labels: str) -> tuple:
 def reference_tables(
     published: list[dict],  # of `read_reference`
 ) -> dict[str, str]:  # title -> Markdown table
-    "One table per data set and protocol, with a column per number of labels; what follows the protocol's first comma is a note"
+    "A table per data set and protocol (up to its first comma: then a note), a column per labels"
     groups = defaultdict(list)
     for r in published: groups[r["data"], r["protocol"].partition(", ")[0]].append(r)
     return {f"{data}: {protocol}": _pivot(rows) for (data, protocol), rows in groups.items()}
 
 
 def _pivot(rows: list[dict]) -> str:
+    "A line per method, network, note and source, a column per number of labels"
     counts = sorted({r["labels"] for r in rows}, key=_count)
     lines = defaultdict(dict)
     for r in rows:
-        key = r["method"], " ".join(filter(None, (r["model"], r["backbone"]))), r["protocol"].partition(", ")[2], r["source"]
+        net = " ".join(filter(None, (r["model"], r["backbone"])))
+        note = r["protocol"].partition(", ")[2]
         digits = max(1, len(r["miou"].partition(".")[2]) - 2)  # as many as were published
-        value = f"{100 * float(r['miou']):.{digits}f}" + (f" ({r['tags']} tags)" if r["tags"] else "")
-        lines[key][r["labels"]] = ", ".join(filter(None, (lines[key].get(r["labels"]), value)))
+        value = f"{100 * float(r['miou']):.{digits}f}"
+        if r["tags"]: value += f" ({r['tags']} tags)"
+        cells = lines[r["method"], net, note, r["source"]]
+        cells[r["labels"]] = ", ".join(filter(None, (cells.get(r["labels"]), value)))
     sources = {source: n for n, source in enumerate(dict.fromkeys(key[3] for key in lines), 1)}
-    head = ["method", "network", *(f"{n} labels" if _count(n)[0] == 0 else f"labels {n}" for n in counts), "note", "source"]
-    body = [[method, net, *(cells.get(n, "") for n in counts), note, f"[{sources[source]}]"] for (method, net, note, source), cells in lines.items()]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
-    return table + "\n\n" + "; ".join(f"[{n}] {source}" for source, n in sources.items()) + "."
+    columns = [f"{n} labels" if _count(n)[0] == 0 else f"labels {n}" for n in counts]
+    body = [[method, net, *(cells.get(n, "") for n in counts), note, f"[{sources[source]}]"]
+            for (method, net, note, source), cells in lines.items()]
+    notes = "; ".join(f"[{n}] {source}" for source, n in sources.items())
+    return _markdown(["method", "network", *columns, "note", "source"], body) + f"\n\n{notes}."

@@ -25,14 +25,14 @@ class ImageDiscriminator(nn.Module):
     def __init__(
         self,
         n_classes: int,
-        ndf: int = 16,  # channels of the first of four layers, doubled by every further one; the paper: 64
+        ndf: int = 16,  # channels of the first of four layers, then doubled; the paper: 64
     ):
         super().__init__()
         widths = [n_classes + 3, ndf, 2 * ndf, 4 * ndf, 8 * ndf]
         layers = []
         for a, b in zip(widths, widths[1:]):
             layers += [nn.Conv2d(a, b, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout2d(0.5)]
-        self.layers = nn.Sequential(*layers[:-1])                          # no dropout after the last one
+        self.layers = nn.Sequential(*layers[:-1])  # no dropout after the last one
         self.head = nn.Linear(8 * ndf, 1)
 
     def forward(
@@ -55,8 +55,9 @@ def distance_of_means(
 
 # %% ../nbs/22_s4gan.ipynb #s4gan
 class S4GAN(Supervised):
-    "A discriminator scores whole images; the network matches its features, and learns from the better images"
+    "A discriminator scores images; the network matches its features, learns from the better ones"
     name, title, paper = "s4gan", "s4GAN", "arXiv 1908.05724"
+    baseline = {"feature_matching": 0.0, "self_training": 0.0}
     uses_unlabelled = True
 
     @checked
@@ -65,13 +66,13 @@ class S4GAN(Supervised):
         net: nn.Module,  # images (B,3,H,W) to logits (B,C,H,W)
         task: Task,
         *,
-        feature_matching: NonNegative = 0.1,  # weight of looking like ground truth to the discriminator
+        feature_matching: NonNegative = 0.1,  # weight of looking like ground truth to D
         self_training: NonNegative = 1.0,  # weight of learning the network's own labels
         threshold: Fraction = 0.5,  # part of the images that is not trusted
-        warmup: Fraction = 0.1,  # part of training before which the step is the supervised one; the paper: 0
-        start: Fraction = 0.25,  # part of training after which it learns its own labels; the paper: 0
+        warmup: Fraction = 0.1,  # first part of training, supervised only; the paper: 0
+        start: Fraction = 0.25,  # part of training without own labels; the paper: 0
         mix: Fraction = 1.0,  # part of the student's images that get a CutMix box; the paper: 0
-        smooth: Annotated[float, Range(0, 0.5)] = 0.1,  # D should say 1 - smooth of masks; the paper: 0
+        smooth: Annotated[float, Range(0, 0.5)] = 0.1,  # D's target on masks: 1 - smooth; paper: 0
         ndf: Count = 16,  # channels of the discriminator's first layer; the paper: 64
         d_lr: Positive = 1e-4,  # of the discriminator's Adam
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
@@ -88,14 +89,15 @@ class S4GAN(Supervised):
         self.uses_unlabelled = max(feature_matching, self_training) > 0
         self.D = ImageDiscriminator(task.n_classes, ndf)
         betas = (0.9, 0.99)
-        self.optimisers["discriminator"] = torch.optim.Adam(self.D.parameters(), d_lr, betas, fused=True)
+        adam = torch.optim.Adam(self.D.parameters(), d_lr, betas, fused=True)
+        self.optimisers["discriminator"] = adam
 
     def target(self, x_w: Tensor, z_w: Tensor) -> Tensor:
-        "Hook: logits, (B,C,H,W), that give the labels of the weak views; `z_w` are the network's own"
+        "Hook: logits (B,C,H,W) that give the labels of weak views; `z_w` are the network's own"
         return self.ema(x_w)
 
     def trusted(self, score: Tensor) -> Tensor:
-        "Hook: which images to learn from, (B,1,1) bool, from the discriminator's scores in [0,1], (B,1,1)"
+        "Hook: which images to learn from, (B,1,1) bool, from D's scores in [0,1], (B,1,1)"
         return upper_part(score, self.threshold, torch.ones_like(score, dtype=torch.bool))
 
     def updates(self, lab, unl, clock):
@@ -105,7 +107,7 @@ class S4GAN(Supervised):
             self.ema.update(self.net)
             return
 
-        # the network: features of its maps like those of masks; and the labels of images that score well
+        # the network: features of its maps like those of masks; labels of images that score well
         x_w, valid = self.weak_view(unl["image"], clock)
         learns = self.self_training > 0 and clock.fraction >= self.start
         views = [x, x_w, self.strong_view(x_w, clock)] if learns else [x, x_w]
@@ -115,8 +117,9 @@ class S4GAN(Supervised):
         p, real = hide(z_w.float().softmax(1), valid), one_hot(y, self.n_classes)
         _, features = answer(self.D, p, x_w)
         with torch.no_grad(): _, real_features = self.D(real, x)
+        gap = distance_of_means(features, real_features)
         losses = {"supervised": cross_entropy(z, y),
-                  "feature matching": self.feature_matching * distance_of_means(features, real_features)}
+                  "feature matching": self.feature_matching * gap}
         statistics = {}
         if learns:
             with torch.no_grad():

@@ -53,7 +53,7 @@ def encode_labels(
 
 # %% ../nbs/41_semanticgan.ipynb #semantic-generator
 class SemanticGenerator(Generator):
-    "StyleGAN2 with a second head at every size: a code gives an image in [-1,1] and the logits of its label"
+    "StyleGAN2 with a second head at every size: a code gives an image and its label's logits"
 
     @checked
     def __init__(
@@ -63,7 +63,7 @@ class SemanticGenerator(Generator):
         *,
         d: Count = 64,  # length of the codes; the paper: 512
         n_map: Count = 2,  # layers of the mapping network; the paper: 8
-        width: Count | None = None,  # channels of the coarse maps; None: the tables of `channels_for`
+        width: Count | None = None,  # channels of the coarse maps; None: tables of `channels_for`
     ):
         super().__init__(size, d, channels_for(size, width), (3, n_classes), n_map)
         self.n_classes = n_classes
@@ -90,7 +90,7 @@ class PatchDiscriminators(nn.Module):
         n_scales: Count = 2,  # the paper: 3; each further one sees half the size
         ndf: Count = 24,  # channels of the first layer; the paper: 64
         n_layers: Count = 1,  # convolutions of stride 2; the paper: 3, for 256 pixels
-        norm: Literal["none", "instance"] = "none",  # between first and last layer; the paper: "instance"
+        norm: Literal["none", "instance"] = "none",  # of inner layers; the paper: "instance"
     ):
         super().__init__()
         self.nets = nn.ModuleList(patch_layers(n_in, ndf, n_layers, norm) for _ in range(n_scales))
@@ -98,7 +98,7 @@ class PatchDiscriminators(nn.Module):
     def forward(
         self,
         pair: Tensor,  # (B,3+K,H,W): image and label, both in [-1,1] where real
-    ) -> list:  # for each scale the maps after every layer; the last one holds the answers (B,1,h,w)
+    ) -> list:  # for each scale the maps after every layer, the answers (B,1,h,w) last
         "Every layer's map, at every scale"
         scales = []
         for i, net in enumerate(self.nets):
@@ -135,7 +135,7 @@ def hinge_g(fake: list) -> Tensor:  # scalar
 def feature_matching(
     real: list, fake: list,  # of two batches that need not belong together; the larger one is cut
 ) -> Tensor:  # scalar: 0 for equal maps
-    "Mean absolute difference of all maps but the last, summed over layers, mean over scales; real is fixed"
+    "Mean absolute difference of all maps but the last, summed over layers, mean over scales"
     k = min(len(real[0][0]), len(fake[0][0]))
     maps = [(r, f) for rs, fs in zip(real, fake) for r, f in zip(rs[:-1], fs[:-1])]
     return sum((f[:k] - r[:k].detach()).abs().mean() for r, f in maps) / len(real)
@@ -179,8 +179,8 @@ class SemanticGAN(Method):
         self,
         task: Task,  # of square images
         *,
-        generator: dict | None = None,  # settings of `SemanticGenerator`: d, n_map, width; D_r is as wide
-        discriminator: dict | None = None,  # of `PatchDiscriminators`, D_m: ndf, n_layers, n_scales, norm
+        generator: dict | None = None,  # of `SemanticGenerator`: d, n_map, width; D_r is as wide
+        discriminator: dict | None = None,  # of D_m: ndf, n_layers, n_scales, norm
         lr: Positive = 5e-3,  # of G and D_r; constant; the paper's code: 2e-3
         dm_lr: Positive = 1e-3,  # of D_m; the paper: that of D_r
         r1: NonNegative = 0.02,  # gamma of R1 on D_r; the paper: 10, at 256 pixels
@@ -189,8 +189,8 @@ class SemanticGAN(Method):
         mixing: Fraction = 0.0,  # how often two codes share an image; the paper: 0.9
         half_life: Positive = 1000.0,  # of the averaged generator, in images; the paper: 10,000
         augment: str = "",  # of what D_r sees: any of translation,colour,cutout; "ada"; "": nothing
-        augment_pairs: str = "translation",  # of what D_m sees: any of translation,colour,cutout; "": nothing
-        mismatched: Fraction = 0.5,  # part of D_m's fakes that is real images with wrong labels; the paper: 0
+        augment_pairs: str = "translation",  # of what D_m sees: any of translation,colour,cutout
+        mismatched: Fraction = 0.5,  # part of D_m's fakes: real images, wrong labels; the paper: 0
         fm: NonNegative = 2.0,  # lambda_fm: weight of feature matching
         flip: bool = True,  # mirror real images and pairs at random
     ):
@@ -237,11 +237,12 @@ class SemanticGAN(Method):
         return self.t_r(x, None, clock.rng(f"{stream} {clock.rank}"))
 
     def pair_view(self, pair: Tensor, clock: Clock, stream: str) -> Tensor:
-        "Pairs (B,3+K,H,W) as D_m sees them: image and label moved alike, colours changed in the image only"
+        "Pairs (B,3+K,H,W) as D_m sees them: moved alike, colours changed in the image only"
         return torch.cat(self.t_m(pair[:, :3], pair[:, 3:], clock.rng(f"{stream} {clock.rank}")), 1)
 
     def updates(self, lab, unl, clock):
-        x = lab["image"] if unl is None else real_images(lab["image"], unl["image"], self.share, clock)
+        x = lab["image"]
+        if unl is not None: x = real_images(x, unl["image"], self.share, clock)
         x, x_l, y_l = x * 2 - 1, lab["image"] * 2 - 1, lab["mask"]
         if self.flip:
             x, = random_flip(clock, "flip images", x)
@@ -275,7 +276,7 @@ class SemanticGAN(Method):
 
         x, y = self.draw(n, clock, "codes for G")
         on_image = answer(self.D_r, self.image_view(x, clock, "fake for G"))
-        fake_pair = torch.cat([x.detach(), y], 1)                          # D_m must not teach the image
+        fake_pair = torch.cat([x.detach(), y], 1)  # D_m must not teach the image
         on_pair = answer(self.D_m, self.pair_view(fake_pair, clock, "fake pair for G"))
         with torch.no_grad(): on_real = answer(self.D_m, real_pair)
         matching = self.fm * feature_matching(on_real, on_pair)
@@ -290,8 +291,8 @@ class SemanticGAN(Method):
 
     def predict(self, x):
         "Raises `UserError`: it draws labels, and finds none for a given image"
-        raise UserError("SemanticGAN draws images with labels and labels no given image: call fit(..., "
-                        "eval_on=False), "
+        raise UserError("SemanticGAN draws images with labels and labels no given image: "
+                        "call fit(..., eval_on=False), "
                         "then train a SemanticEncoder(gan, task).")
 
     def lr_factor(self, clock): return 1.0
@@ -309,7 +310,7 @@ def agreement(
     n: int = 256,  # generated images
     seed: int = 0,
     psi: float = 1.0,  # truncation
-) -> dict:  # scores of G's labels; "shares" (K) of its classes; "sure": mean confidence of the oracle
+) -> dict:  # scores of G's labels; "shares" (K) of its classes; "sure": the oracle's confidence
     "How well generated labels go with generated images, in the eyes of an oracle"
     rng, device = rng_of(seed, "agreement"), G.const.device
     w_mean, metrics = G.mean_w(4096, rng), SegmentationMetrics(G.n_classes, device)
@@ -318,7 +319,8 @@ def agreement(
         x, y = G.synthesis(truncate(G.mapping(part.to(device)), psi, w_mean), "const")
         p = oracle(((x + 1) / 2).clamp(0, 1)).float().softmax(1)
         metrics.update(y.float(), p.argmax(1))
-        shares = shares + torch.bincount(y.argmax(1).flatten(), minlength=G.n_classes) / (n * G.size**2)
+        counts = torch.bincount(y.argmax(1).flatten(), minlength=G.n_classes)
+        shares = shares + counts / (n * G.size**2)
         sure = sure + p.amax(1).mean() * len(part) / n
     return metrics.compute() | {"shares": shares.tolist(), "sure": float(sure)}
 
@@ -333,7 +335,8 @@ def share_distance(
     return float((torch.tensor(shares) - real).abs().sum())
 
 # %% ../nbs/41_semanticgan.ipynb #stored
-PARTS = {"generator": ("d", "n_map", "width"), "discriminator": ("ndf", "n_layers", "n_scales", "norm")}
+PARTS = {"generator": ("d", "n_map", "width"),
+         "discriminator": ("ndf", "n_layers", "n_scales", "norm")}
 GONE = ("r1_every", "path_every", "dm_weight", "label_act", "label_noise", "label_grad")
 
 
@@ -358,8 +361,8 @@ def read_stored(
     dataset = card.get("dataset", {})
     made_for = dataset.get("name", task.name) if isinstance(dataset, dict) else dataset
     if made_for != task.name or not all(isinstance(card.get(stage), dict) for stage in stages):
-        raise UserError(f"{path} does not hold a SemanticGAN for '{task.name}' (its card says '{made_for}'): "
-                        "name another file, or train.")
+        raise UserError(f"{path} does not hold a SemanticGAN for '{task.name}' "
+                        f"(its card says '{made_for}'): name another file, or train.")
     return tensors, card
 
 
@@ -376,5 +379,6 @@ def load_gan(
         for net in (gan.G, gan.ema.net): net.load_state_dict(part("G."))
         gan.D_r.load_state_dict(part("D_r.", "distance.D."))
     except (RuntimeError, ValueError) as e:
-        raise UserError(f"{path} does not fit this network: {str(e).splitlines()[-1].strip()}") from None
+        reason = str(e).splitlines()[-1].strip()
+        raise UserError(f"{path} does not fit this network: {reason}") from None
     return gan.eval(), card

@@ -105,8 +105,9 @@ class Supervised(Method):
         "The baseline has two rows in the leaderboard: its averaged and its last weights"
         if self.name != "supervised": return super().rows()
         last = {"weak": ("supervised", "Supervised, last weights"),
-                "strong": ("supervised_strong", "Supervised, strong views, last weights")}[self.views]
-        return {"supervised_ema": ("Supervised, averaged weights", self), last[0]: (last[1], self.net)}
+                "strong": ("supervised_strong", "Supervised, strong views, last weights")}
+        name, title = last[self.views]
+        return {"supervised_ema": ("Supervised, averaged weights", self), name: (title, self.net)}
 
     def check(self, task, labelled, unlabelled):
         "Raises `UserError` when the network does not fit the task, or CutMix has no partner"
@@ -116,8 +117,9 @@ class Supervised(Method):
         with torch.no_grad(): shape = tuple(self.net.eval()(blank).shape)
         for module, training in modes: module.training = training
         if shape != (1, task.n_classes, *size):
-            raise UserError(f"The network maps an image of {size[0]}x{size[1]} to {shape[1:]}, but this task "
-                            f"needs {(task.n_classes, *size)}: build it with n_classes={task.n_classes}.")
+            raise UserError(f"The network maps an image of {size[0]}x{size[1]} to {shape[1:]}, "
+                            f"but this task needs {(task.n_classes, *size)}: "
+                            f"build it with n_classes={task.n_classes}.")
         if self.uses_unlabelled and getattr(self, "mix", 0) > 0 and unlabelled < 2:
             raise UserError("A single unlabelled image has no partner for CutMix: "
                             "give an unlabelled batch of at least 2 for each process, or mix=0.")

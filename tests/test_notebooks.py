@@ -11,8 +11,10 @@ import papermill
 import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
+from safetensors import safe_open
 from traitlets.config import Config
 
+from semiseg_nb.checkpoint import read_weights
 from semiseg_nb.core import check_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,4 +170,6 @@ def test_stored_weights_are_small_and_described():
     stored = sorted((ROOT / "nbs/weights").glob("*.safetensors"))
     assert {p.stem for p in stored} == {p.stem for p in METHODS if "skip_training" in declared(p)}, "a notebook that can skip training ships its weights"
     for path in stored:
-        assert path.stat().st_size < 5e6 and json.loads(path.with_suffix(".json").read_text()), path.name
+        assert path.stat().st_size < 5e6 and not path.with_suffix(".json").exists(), path.name
+        _, card = read_weights(path)                                                        # one file: tensors, card, fingerprint
+        with safe_open(path, "pt") as f: assert card and f.metadata()["fingerprint"], path.name

@@ -9,7 +9,7 @@ import pytest
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
 from semiseg_nb.engine import Run
-from semiseg_nb.records import commit, identity, main, make_record, profile_of, read_records, thin, what_is_wrong, write_record
+from semiseg_nb.records import commit, identity, make_record, profile_of, read_records, table, thin, what_is_wrong, write_record
 
 RESULT = {"miou": 0.61, "iou_per_class": [0.9, 0.5, float("nan"), 0.4, 0.6], "pixel_accuracy": 0.8, "ece": 0.05}
 
@@ -107,13 +107,9 @@ def test_commit_names_the_checkout():
     assert name is None or len(name.rstrip("+")) == 10
 
 
-def test_main_prints_the_table_and_the_paths(task, tmp_path, capsys):
-    path = write_record(record(task), tmp_path)
-    (tmp_path / "11_uda.ipynb").write_text("{}")
-    (tmp_path / "predictions.png").write_bytes(b"")
-    main(str(tmp_path))
-    out = capsys.readouterr().out
-    assert "0.610" in out and str(path) in out and "11_uda.ipynb" in out and "predictions.png" in out
+def test_a_table_of_records(task):
+    lines = table([record(task)]).splitlines()
+    assert len(lines) == 3 and lines[0].startswith("method") and "0.610" in lines[2]
 
 
 def test_a_folder_without_records(tmp_path):

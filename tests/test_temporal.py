@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from semiseg_nb.augment import flip_crop, identity
+from semiseg_nb.augment import flip_crop, identity_policy
 from semiseg_nb.bank import distribution
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
@@ -167,14 +167,14 @@ def test_the_target_of_the_mean_teacher_is_the_averaged_network(task):
 
 def test_a_mean_teacher_that_sees_the_same_agrees_with_itself(task):
     method = MeanTeacher(net(task), task, mix=0.0, warmup=0.0).eval()
-    method.strong = identity()
+    method.strong = identity_policy()
     (_, losses), = method.updates(*batch(task), Clock(3, 100))
     assert losses["consistency"] < 1e-9
 
 
 def test_a_box_of_the_partner_is_not_stored(task):
     method = AsPublished(net(task), task, mix=1.0)
-    method.weak = identity()
+    method.weak = identity_policy()
     clock = Clock(2, 100)
     lab, unl = batch(task)
     for _ in method.updates(lab, unl, clock): pass
@@ -188,7 +188,7 @@ def test_what_is_remembered(task, name):
     "The first update stores the opinion itself: of the average about the weak view or, in a subclass, of the student; without gradient"
     method = {"average": TemporalEnsembling, "student": StudentsMemory}[name](net(task), task, mix=0.0).eval()
     with torch.no_grad(): next(method.ema.net.parameters()).mul_(0.5)
-    method.weak = identity()
+    method.weak = identity_policy()
     lab, unl = batch(task)
     clock = Clock(2, 100)
     step = method.updates(lab, unl, clock)

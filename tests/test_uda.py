@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from semiseg_nb.augment import flip_crop, identity, partner, randaugment
+from semiseg_nb.augment import flip_crop, identity_policy, partner, randaugment
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
@@ -77,7 +77,7 @@ def test_weight_zero_draws_the_same_labelled_views_as_any_weight(task):
 # 2
 @pytest.mark.parametrize("make", BOTH)
 def test_identity_views_and_no_sharpening_give_zero_loss_and_gradient(task, make):
-    method = seen_through(identity(), make)(net(task), task, temperature=1.0, threshold=0.0, mix=0.0).eval()
+    method = seen_through(identity_policy(), make)(net(task), task, temperature=1.0, threshold=0.0, mix=0.0).eval()
     loss = losses_of(method, task)["consistency"]
     assert loss < 1e-6
     loss.backward()
