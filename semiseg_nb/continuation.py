@@ -319,12 +319,12 @@ def continuation(
     start_steps: Count = 1500,  # of that training
     tag_steps: Count = 300,  # of its classifier, where there are tags
     cct: dict | None = None,  # its settings
-    on: dict | None = None,  # settings of `WeakContinuation`; without tags of `SemiContinuation`
+    later: dict | None = None,  # settings of `WeakContinuation`; without tags of `SemiContinuation`
 ):
     "CCT, and on from there with own labels and a discriminator"
     notes = yield from begin(net, task, start, start_steps, tag_steps, cct or {})
     make = SemiContinuation if task.unlabelled.tags is None else WeakContinuation
-    method = make(net, task, start=notes["start"]["name"] if notes else None, **(on or {}))
+    method = make(net, task, start=notes["start"]["name"] if notes else None, **(later or {}))
     method.extra = notes
     return (yield Stage("continued", method, steps, scored=True))
 
@@ -340,11 +340,11 @@ def temporal_continued(
     start_steps: Count = 1500,  # of that training
     tag_steps: Count = 300,  # of its classifier, where there are tags
     cct: dict | None = None,  # its settings
-    on: dict | None = None,  # settings of `TemporalEnsembling`
+    later: dict | None = None,  # settings of `TemporalEnsembling`
 ):
     "CCT, and on from there with a memory of what was said of every image"
     notes = yield from begin(net, task, start, start_steps, tag_steps, cct or {})
-    method = TemporalEnsembling(net, task, **({"lr": 2e-4} | (on or {})))
+    method = TemporalEnsembling(net, task, **({"lr": 2e-4} | (later or {})))
     method.extra = notes
     return (yield Stage("continued", method, steps, scored=True))
 
