@@ -39,11 +39,12 @@ def settings_of(
     method_class: type,  # a `Method`
     **chosen,  # what differs from its defaults
 ) -> dict:
-    "Every setting of a method that a record should hold: what was chosen, and the defaults of the rest"
+    "Every setting of a method for its record: what was chosen, and the defaults of the rest"
     wanted = defaults_of(method_class)
     for name, value in chosen.items():
         one_of(name, wanted, f"setting of {method_class.__name__}")
-        if isinstance(wanted[name], bool) and not isinstance(value, bool): raise UserError(f"{name} is {value!r}, but it should be true or false.")
+        if isinstance(wanted[name], bool) and not isinstance(value, bool):
+            raise UserError(f"{name} is {value!r}, but it should be true or false.")
     return {n: getattr(v, "name", v) for n, v in (wanted | chosen).items() if v is not None}
 
 # %% ../nbs/08_records.ipynb #make-record
@@ -60,12 +61,24 @@ def make_record(
 ) -> dict:
     "The record of one finished run"
     return {
-        "schema": SCHEMA, "method": method, "title": title or method, "profile": profile_of(task.name, run.steps),
-        "seed": run.seed, "model": model, "encoder": encoder, "pretrained": pretrained, "dataset": task.describe(),
+        "schema": SCHEMA,
+        "method": method,
+        "title": title or method,
+        "profile": profile_of(task.name, run.steps),
+        "seed": run.seed,
+        "model": model,
+        "encoder": encoder,
+        "pretrained": pretrained,
+        "dataset": task.describe(),
         "params": plain({"steps": run.steps, "batch_size": run.batch_size, **params}),
         "result": {k: result[k] for k in ("miou", "iou_per_class", "pixel_accuracy", "ece")},
-        "curve": thin(run.history), "seconds": round(run.seconds, 2), "images_per_second": round(run.images_per_second, 1),
-        "device": run.device, "peak_memory_mb": round(run.peak_memory_mb), "versions": versions(), "commit": commit(),
+        "curve": thin(run.history),
+        "seconds": round(run.seconds, 2),
+        "images_per_second": round(run.images_per_second, 1),
+        "device": run.device,
+        "peak_memory_mb": round(run.peak_memory_mb),
+        "versions": versions(),
+        "commit": commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -81,68 +94,84 @@ def thin(history: list, most: int = 200) -> list:
 
 def versions() -> dict:
     "Versions of what the numbers depend on"
-    names = ("torch", "torchvision", "accelerate", "timm", "segmentation-models-pytorch", "torchmetrics")
-    return {"semiseg_nb": __version__, "python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
+    names = ("torch", "torchvision", "accelerate", "timm", "segmentation-models-pytorch",
+             "torchmetrics")
+    own = {"semiseg_nb": __version__, "python": platform.python_version()}
+    return own | {name: importlib.metadata.version(name) for name in names}
 
 
 def commit() -> str | None:
     "The commit of the package, with '+' when it has changes; None where no checkout holds it"
     if "__file__" not in globals(): folder, own = Path.cwd(), "."
     else: folder, own = Path(__file__).parent, Path(__file__).name
-    def git(*args):
-        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     try:
-        git("ls-files", "--error-unmatch", own)  # an environment inside somebody's repository is not ours
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+        git("ls-files", "--error-unmatch", own)  # an environment in somebody's repository is not ours
+        changes = git("status", "--porcelain", "--", ".")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.CalledProcessError): return None
 
 # %% ../nbs/08_records.ipynb #wrong
 NUMBER = (int, float)
-FIELDS = {"schema": int, "method": str, "profile": str, "seed": int, "model": str, "encoder": (str, type(None)), "pretrained": bool, "dataset": dict,
-          "params": dict, "result": dict, "curve": list, "seconds": NUMBER, "device": str}
-DATASET_FIELDS = {"name": str, "n_classes": int, "split_id": str, "n_labelled": int, "n_unlabelled": int, "n_val": int, "size": list}
+FIELDS = {
+    "schema": int, "method": str, "profile": str, "seed": int, "model": str,
+    "encoder": (str, type(None)), "pretrained": bool, "dataset": dict, "params": dict,
+    "result": dict, "curve": list, "seconds": NUMBER, "device": str,
+}
+DATASET_FIELDS = {
+    "name": str, "n_classes": int, "split_id": str, "n_labelled": int, "n_unlabelled": int,
+    "n_val": int, "size": list,
+}
 
 
-def is_a(value, kind) -> bool:
+def is_a(value: object, kind: type | tuple) -> bool:
     "isinstance, except that True is no number and numbers are finite"
     if isinstance(value, bool): return kind is bool
     return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))
 
 
-def what_is_wrong(record) -> str | None:
+def what_is_wrong(record: object) -> str | None:
     "Why this is not a record of ours, in words; None when it is one"
     if not isinstance(record, dict): return "it is not a JSON object"
     for name, kind in FIELDS.items():
-        if not is_a(record.get(name, ...), kind): return f"field '{name}' is missing or of the wrong kind"
+        if not is_a(record.get(name, ...), kind):
+            return f"field '{name}' is missing or of the wrong kind"
     if record["schema"] != SCHEMA: return f"schema {record['schema']} is not {SCHEMA}"
     if not record["method"].isidentifier(): return f"method '{record['method'][:30]}' is not a name"
     if not is_a(record.get("title", ""), str): return "field 'title' is of the wrong kind"
-    if record["profile"] not in PROFILES: return f"profile '{record['profile'][:30]}' is not one of {', '.join(PROFILES)}"
+    if record["profile"] not in PROFILES:
+        return f"profile '{record['profile'][:30]}' is not one of {', '.join(PROFILES)}"
     for name, kind in DATASET_FIELDS.items():
-        if not is_a(record["dataset"].get(name, ...), kind): return f"dataset lacks '{name}', or it is of the wrong kind"
-    if not all(isinstance(row, dict) and is_a(row.get("step"), NUMBER) for row in record["curve"]): return "its curve has a row without a step"
+        if not is_a(record["dataset"].get(name, ...), kind):
+            return f"dataset lacks '{name}', or it is of the wrong kind"
+    if not all(isinstance(row, dict) and is_a(row.get("step"), NUMBER) for row in record["curve"]):
+        return "its curve has a row without a step"
     if not is_a(record["params"].get("steps"), NUMBER): return "params lack the steps"
     miou = record["result"].get("miou")
-    if not is_a(miou, NUMBER) or not 0 <= miou <= 1: return f"miou {str(miou)[:30]} is not a fraction between 0 and 1"
+    if not is_a(miou, NUMBER) or not 0 <= miou <= 1:
+        return f"miou {str(miou)[:30]} is not a fraction between 0 and 1"
     if record["seconds"] < 0: return f"seconds {record['seconds']} are negative"
     return None
 
 # %% ../nbs/08_records.ipynb #write
 def identity(record: dict) -> str:
-    "Eight characters that are equal for two runs of the same thing: method, data, model, parameters and seed"
+    "Eight characters that are equal for two runs of the same method, data, model, params and seed"
     wanted = {k: record[k] for k in IDENTITY}
     return hashlib.sha256(json.dumps(wanted, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def write_record(
     record: dict,  # see `make_record`
-    root="results",  # folder of all records
+    root: str | Path = "results",  # folder of all records
 ) -> Path:  # <root>/<dataset>-<n_labelled>/<method>-<hash>.json
-    "Write a record whole or not at all; the same run replaces itself. Raises `UserError` for a record that is not one, or a full disk"
+    "Write a record whole; the same run replaces itself. Raises `UserError` for a record that is none"
     problem = what_is_wrong(record)
     if problem: raise UserError(f"This record cannot be written: {problem}.")
     data = record["dataset"]
-    path = Path(root) / f"{data['name']}-{data['n_labelled']}" / f"{record['method']}-{identity(record)}.json"
+    folder = Path(root) / f"{data['name']}-{data['n_labelled']}"
+    path = folder / f"{record['method']}-{identity(record)}.json"
     text = json.dumps(without_nan(record), indent=1, allow_nan=False)
     return atomic_write(path, lambda f: f.write((text + "\n").encode()))
 
@@ -154,16 +183,20 @@ def without_nan(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../nbs/08_records.ipynb #read
-def read_records(root="results") -> tuple[list[dict], dict[str, str]]:
+def read_records(root: str | Path = "results") -> tuple[list[dict], dict[str, str]]:
     "All records below a folder (ablations and benchmarks aside), and what was refused: file -> reason"
     root = Path(root)
-    if not root.is_dir(): raise UserError(f"There is no folder {root} with records: run a notebook first, or give another folder.")
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root} with records: "
+                        "run a notebook first, or give another folder.")
     records, refused = [], {}
     for path in sorted(root.rglob("*.json")):
         name = path.relative_to(root)
         if name.parts[0] in ("ablations", "benchmarks") or name.name == "run.json": continue
         try: record = read_json(path)
-        except UserError: refused[str(name)] = "it is not readable JSON"; continue
+        except UserError:
+            refused[str(name)] = "it is not readable JSON"
+            continue
         problem = what_is_wrong(record)
         if problem: refused[str(name)] = problem
         else: records.append(record | {"path": str(path)})
@@ -171,10 +204,11 @@ def read_records(root="results") -> tuple[list[dict], dict[str, str]]:
 
 # %% ../nbs/08_records.ipynb #find
 def find(name: str) -> Path:
-    "A folder or file of the repository, seen from its root or from `nbs/`; raises `UserError` when it is in neither"
+    "A file or folder of the repository, from its root or from `nbs/`; `UserError` where it is in neither"
     for path in (Path(name), Path("..") / name):
         if path.exists(): return path
-    raise UserError(f"There is no {name} here or one folder up: start from the root of the repository or from nbs/.")
+    raise UserError(f"There is no {name} here or one folder up: "
+                    "start from the root of the repository or from nbs/.")
 
 # %% ../nbs/08_records.ipynb #main
 def table(records: list[dict]) -> str:
@@ -182,7 +216,8 @@ def table(records: list[dict]) -> str:
     rows = [("method", "model", "data", "seed", "mIoU", "seconds")]
     for r in sorted(records, key=lambda r: r["result"]["miou"]):
         data = r["dataset"]
-        labels = f"{data['name']}, {data['n_labelled']} of {data['n_labelled'] + data['n_unlabelled']} labelled"
+        images = data["n_labelled"] + data["n_unlabelled"]
+        labels = f"{data['name']}, {data['n_labelled']} of {images} labelled"
         rows.append((r.get("title", r["method"]), r["encoder"] or r["model"], labels,
                      str(r["seed"]), f"{r['result']['miou']:.3f}", f"{r['seconds']:.0f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
