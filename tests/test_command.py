@@ -14,7 +14,7 @@ from semiseg_nb.experiment import methods
 from semiseg_nb.uda import UDA
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["steps=3", "batch_size=4", "width=4", "size=16", "n_labelled=6", "n_unlabelled=8", "progress=False"][:6]
+QUICK = ["steps=3", "batch_size=4", "width=4", "size=32", "n_labelled=6", "n_unlabelled=8"]
 
 
 def fails(*words):
