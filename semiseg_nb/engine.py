@@ -159,7 +159,7 @@ def evaluate(
     method.train(was_training)
     return metrics.compute()
 
-
+# %% ../nbs/07_engine.ipynb #make-accelerator
 def make_accelerator(
     device: str | None = None,  # "cpu" | "cuda"; None: a GPU where there is one
 ) -> Accelerator:
