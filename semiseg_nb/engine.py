@@ -446,7 +446,7 @@ class Saver:
             optimiser.load_state_dict(state["optimisers"][name])
         set_rng_state(state["rng"][self.accelerator.process_index])
 
-
+# %% ../nbs/07_engine.ipynb #check-state
 STATE = {"step": int, "identity": dict, "method": dict, "optimisers": dict, "rng": list, "run": dict}
 RUN = {"history": list, "seconds": float, "images": int}
 
@@ -658,7 +658,7 @@ def share_weights(method: Method, accelerator: Accelerator) -> None:
     for t in method.state_dict().values():
         if t.device.type == accelerator.device.type: t.copy_(broadcast(t.clone()))
 
-
+# %% ../nbs/07_engine.ipynb #pairs
 def pairs(
     method: Method,
     task: Task,
