@@ -264,7 +264,7 @@ def save_weights(
     atomic_write(path, lambda f: f.write(save(state, header)))
     return path
 
-
+# %% ../nbs/07_checkpoint.ipynb #read-weights
 def read_weights(
     path,
 ) -> tuple[dict, dict]:  # tensors by name, and the card

@@ -218,7 +218,7 @@ def parse(words: list | None = None) -> argparse.Namespace:
     if rest: parsed.values += rest
     return parsed
 
-
+# %% ../nbs/62_command.ipynb #main-function
 def main(words: list | None = None) -> None:
     "The console script: one sentence and exit status 1 for what a user can mend"
     words = parse(words)

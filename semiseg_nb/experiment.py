@@ -61,7 +61,7 @@ def can_run(thing: object) -> bool:
     if inspect.isclass(thing): return issubclass(thing, Method) and thing.alone
     return inspect.isfunction(thing)
 
-
+# %% ../nbs/60_experiment.ipynb #find-method
 def find_method(
     what: str | type | Callable,  # a name, a `Method` class, or a recipe
 ) -> type | Callable:
