@@ -123,7 +123,8 @@ def save_weights(
     "Write a network, its card and its fingerprint into one file"
     path = weights_path(path)
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    header = {"card": json.dumps(plain(card), sort_keys=True), "fingerprint": fingerprint(state)}
+    text = json.dumps(plain(card), sort_keys=True)
+    header = {"card": text, "card sha256": hashlib.sha256(text.encode()).hexdigest(), "fingerprint": fingerprint(state)}
     atomic_write(path, lambda f: f.write(save(state, header)))
     return path
 
@@ -142,6 +143,8 @@ def read_weights(
         raise UserError(f"{path} is no readable safetensors file ({str(e).splitlines()[0]}): copy or train it again.") from None
     if "fingerprint" in header and header["fingerprint"] != fingerprint(tensors):
         raise UserError(f"{path} is damaged (its fingerprint does not match its weights): copy or train it again.")
+    if "card sha256" in header and header["card sha256"] != hashlib.sha256(header.get("card", "").encode()).hexdigest():
+        raise UserError(f"{path} is damaged (its card does not match its checksum): copy or train it again.")
     beside = path.with_suffix(".json")
     try: card = json.loads(header["card"]) if "card" in header else read_json(beside, "card") if beside.exists() else {}
     except ValueError as e:
@@ -166,5 +169,8 @@ def load_weights(
         if t.shape != state[name].shape:
             raise UserError(f"{path} does not fit: '{name}' is {tuple(t.shape)} there and {tuple(state[name].shape)} here. "
                             "Build the network with the width and classes that its card names.")
+        if t.dtype != state[name].dtype or not torch.isfinite(t).all():
+            kind = str(t.dtype).removeprefix("torch.")
+            raise UserError(f"{path} does not fit: '{name}' is {kind}, or holds nan: save it with save_weights, as the network has it.")
     net.load_state_dict(tensors)
     return card

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['STATE', 'RUN', 'Method', 'settings', 'optimise', 'average_gradients', 'images_at_once', 'evaluate',
            'make_accelerator', 'Run', 'peak_memory_mb', 'device_name', 'NonFiniteLoss', 'Log', 'check_finite',
-           'one_step', 'schedule', 'run_identity', 'difference', 'is_turn', 'Saver', 'check_state', 'Scorer',
-           'one_line', 'fit', 'finish', 'progress_bar', 'prepare', 'check_accelerator', 'check_optimisers',
-           'keep_batch_norms', 'share_weights', 'pairs', 'Stage', 'recipe']
+           'one_step', 'schedule', 'run_identity', 'weights_of', 'tensors_of', 'difference', 'is_turn', 'Saver',
+           'check_tensors', 'check_memory_of', 'row_is_sane', 'check_state', 'Scorer', 'one_line', 'fit', 'finish',
+           'progress_bar', 'prepare', 'check_accelerator', 'check_optimisers', 'keep_batch_norms', 'share_weights',
+           'pairs', 'Stage', 'recipe']
 
 # %% ../nbs/07_engine.ipynb #imports
 import resource
@@ -343,6 +344,16 @@ def run_identity(
     } | arguments)
 
 
+def weights_of(method: Method) -> dict:  # name -> tensor
+    "Parameters and averages, without counters and memories: what a run begins with"
+    return {k: t for k, t in tensors_of(method).items() if t.is_floating_point()}
+
+
+def tensors_of(method: Method) -> dict:  # name -> tensor
+    "Parameters and buffers; `state_dict` would also make a bank in a file write down what it holds"
+    return {**dict(method.named_parameters(remove_duplicate=False)), **dict(method.named_buffers(remove_duplicate=False))}
+
+
 def difference(theirs: dict, mine: dict) -> str:
     "The first thing in which two identities differ, in words; empty when they are equal"
     for name, value in mine.items():
@@ -396,6 +407,7 @@ class Saver:
                 "identity": self.identity,
                 "method": method.state_dict(),
                 "optimisers": {k: o.state_dict() for k, o in method.optimisers.items()},
+                "remembered": {k: len(o.state) for k, o in method.optimisers.items()},  # weights
                 "rng": rngs,  # one for each process
                 "run": {name: plain(getattr(run, name)) for name in RUN},
             })
@@ -423,7 +435,8 @@ class Saver:
         theirs = state["identity"]
         mine = dict(self.identity)
         if theirs.get("initial weights") != mine["initial weights"]:
-            same = fingerprint(state["method"]) == fingerprint(method)
+            now, then = weights_of(method), state["method"]
+            same = fingerprint({k: then[k] for k in now if k in then}) == fingerprint(now)
             if same: mine["initial weights"] = theirs.get("initial weights")  # this run made it of them
         other = difference(theirs, mine)
         if other: raise UserError(f"{self.path} belongs to a run with {other}: {remedy}.")
@@ -441,10 +454,50 @@ class Saver:
 
     def load(self, method: Method, state: dict) -> None:
         "Networks, optimisers and random states of a checkpoint"
+        own = {k: t for k, t in tensors_of(method).items() if k in state["method"]}
+        check_tensors({k: state["method"][k] for k in own}, own)
         method.load_state_dict(state["method"])
         for name, optimiser in method.optimisers.items():
-            optimiser.load_state_dict(state["optimisers"][name])
+            memory, own = state["optimisers"][name]["state"], optimiser.state_dict()["param_groups"]
+            check_memory_of(optimiser, memory)
+            if state.get("remembered", {}).get(name, len(memory)) != len(memory):
+                raise ValueError(f"optimiser '{name}' has forgotten a weight")
+            optimiser.load_state_dict({"state": memory, "param_groups": own})
         set_rng_state(state["rng"][self.accelerator.process_index])
+
+
+def check_tensors(found: dict, wanted: dict) -> None:
+    "Raise `ValueError` where tensors are not of the wanted names, types and shapes, or not finite"
+    if found.keys() != wanted.keys(): raise ValueError(f"'{min(found.keys() ^ wanted.keys(), key=str)}' is in one only")
+    for name, t in wanted.items():
+        mine = found[name]
+        if not isinstance(t, Tensor): continue
+        same = isinstance(mine, Tensor) and mine.dtype == t.dtype and mine.shape == t.shape
+        if not same: raise ValueError(f"'{name}' is of another type or shape")
+        counts = mine.ndim == 0 and (name == "step" or not mine.is_floating_point())
+        if not torch.isfinite(mine).all() or (counts and mine < 0):
+            raise ValueError(f"'{name}' holds a number that cannot be")
+
+
+def check_memory_of(optimiser: torch.optim.Optimizer, memory: dict) -> None:
+    "Raise `ValueError` where what an optimiser remembers does not fit its weights"
+    params = [p for group in optimiser.param_groups for p in group["params"]]
+    names = {k for remembered in memory.values() for k, v in remembered.items() if v is not None}
+    if not memory.keys() <= set(range(len(params))): raise ValueError("an optimiser has other weights")
+    for i, remembered in memory.items():
+        kinds = {k: torch.zeros(()) if k == "step" else params[i] for k in names}
+        check_tensors({k: v for k, v in remembered.items() if v is not None}, kinds)
+
+
+def row_is_sane(row: dict) -> bool:
+    "Whether the numbers of a row are numbers, and its scores fractions"
+    kinds = {"step": int, "seconds": float, "lr": float, "miou": float, "pixel_accuracy": float, "ece": float}
+    for name, value in row.items():
+        if name in kinds and (type(value) is not kinds[name] or not value >= 0): return False
+        if name in ("miou", "pixel_accuracy", "ece") and value > 1: return False
+        if (isinstance(value, float) and not np.isfinite(value)) or isinstance(value, dict): return False
+    scored = "miou" not in row or {"iou_per_class", "pixel_accuracy", "ece"} <= row.keys()
+    return scored and {"step", "seconds", "lr"} <= row.keys()
 
 
 STATE = {"step": int, "identity": dict, "method": dict, "optimisers": dict, "rng": list, "run": dict}
@@ -465,12 +518,13 @@ def check_state(
     for name, kind in RUN.items():
         if not isinstance(state["run"].get(name), kind):
             raise UserError(f"{path} lacks '{name}' of its run: {remedy}.")
-    history = state["run"]["history"]
-    if not history or not all(isinstance(row, dict) and "step" in row for row in history):
-        raise UserError(f"{path} holds no history of its run: {remedy}.")
     if not 0 < state["step"] <= steps:
         raise UserError(f"{path} is at step {state['step']}, outside of this run of {steps}: "
                         f"{remedy}.")
+    history = state["run"]["history"]
+    sane = history and all(isinstance(row, dict) and row_is_sane(row) for row in history)
+    if not sane or history[-1]["step"] != state["step"] or not (state["run"]["images"] >= 0 <= state["run"]["seconds"] < np.inf):
+        raise UserError(f"{path} holds no history of its run: {remedy}.")
     if len(state["rng"]) != processes and state["identity"].get("processes") == processes:
         raise UserError(f"{path} holds the random states of {len(state['rng'])} processes, "
                         f"not of {processes}: {remedy}.")
@@ -616,7 +670,7 @@ def prepare(
     if world > 1: share_weights(method, accelerator)
     method.check(task, batch_size // world, unlabelled_batch // world)
     method.accelerator = accelerator
-    method.initial = method.initial or fingerprint(method)
+    method.initial = method.initial or fingerprint(weights_of(method))
 
 
 def check_accelerator(accelerator: Accelerator) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PROFILES', 'IDENTITY', 'NUMBER', 'FIELDS', 'DATASET_FIELDS', 'profile_of', 'settings_of', 'make_record',
-           'thin', 'versions', 'commit', 'is_a', 'what_is_wrong', 'identity', 'write_record', 'without_nan',
+           'thin', 'versions', 'commit', 'is_a', 'what_is_wrong', 'identity', 'write_record', 'checksum', 'without_nan',
            'read_records', 'find', 'table']
 
 # %% ../nbs/08_records.ipynb #imports
@@ -124,6 +124,9 @@ def what_is_wrong(record) -> str | None:
     if not is_a(record["params"].get("steps"), NUMBER): return "params lack the steps"
     miou = record["result"].get("miou")
     if not is_a(miou, NUMBER) or not 0 <= miou <= 1: return f"miou {str(miou)[:30]} is not a fraction between 0 and 1"
+    for name in ("pixel_accuracy", "ece"):
+        value = record["result"].get(name, 0)
+        if not is_a(value, NUMBER) or not 0 <= value <= 1: return f"{name} {str(value)[:30]} is not a fraction between 0 and 1"
     if record["seconds"] < 0: return f"seconds {record['seconds']} are negative"
     return None
 
@@ -143,8 +146,15 @@ def write_record(
     if problem: raise UserError(f"This record cannot be written: {problem}.")
     data = record["dataset"]
     path = Path(root) / f"{data['name']}-{data['n_labelled']}" / f"{record['method']}-{identity(record)}.json"
-    text = json.dumps(without_nan(record), indent=1, allow_nan=False)
+    record = without_nan({k: v for k, v in record.items() if k != "checksum"})
+    text = json.dumps(record | {"checksum": checksum(record)}, indent=1, allow_nan=False)
     return atomic_write(path, lambda f: f.write((text + "\n").encode()))
+
+
+def checksum(record: dict) -> str:
+    "Sixteen hex digits over everything in a record, other than its own checksum"
+    text = json.dumps({k: v for k, v in record.items() if k != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def without_nan(value):
@@ -164,7 +174,9 @@ def read_records(root="results") -> tuple[list[dict], dict[str, str]]:
         if name.parts[0] in ("ablations", "benchmarks") or name.name == "run.json": continue
         try: record = read_json(path)
         except UserError: refused[str(name)] = "it is not readable JSON"; continue
-        problem = what_is_wrong(record)
+        problem = what_is_wrong(record) or ("it was changed since it was written (its checksum does not match)" if "checksum" in record
+                                            and record["checksum"] != checksum(record) else None)
+        if problem is None and "checksum" in record and not path.stem.endswith(identity(record)): problem = "its name is that of another record"
         if problem: refused[str(name)] = problem
         else: records.append(record | {"path": str(path)})
     return records, refused
