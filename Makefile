@@ -1,7 +1,7 @@
 # make demo   install, then train the baseline and UDA on generated scenes and show what came out (5 minutes)
 # make test   install, then lint, check that notebooks and modules agree, and run every test and notebook
 # make lab    install, then open a copy of the notebooks (_lessons) in JupyterLab: running them changes nothing here
-# Others: install, export (notebooks -> modules), readme, lint, clean (deletes _lessons too)
+# Others: install, export (notebooks -> modules), readme, lint, clean
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -61,5 +61,5 @@ lint: $(READY)
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf _demo _lessons build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf _demo build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -436,7 +436,7 @@ class TwoPlaces:
         self.n, self.file = n, BankFile(path, n, width)
         places, sums = self.file.notes.places, self.file.notes.sums
         self.live = torch.full_like(places, 2) if fresh else places.clone()
-        self.sums = torch.zeros_like(sums) if fresh else sums.clone()  # of the rows in the live places
+        self.sums = torch.zeros_like(sums) if fresh else sums.clone()  # of rows in the live places
 
     def read(self, index: Tensor) -> Tensor:
         "Rows of these images, copied, zeros where there is none; `UserError` for a damaged one"
@@ -506,7 +506,8 @@ class FileRows(nn.Module):
     def flush(self) -> None:
         "Make what was written permanent"
         self.two.flush()
-        if (self.live < 2).any(): self.flushes.fill_(self.two.file.notes.flushes)  # an empty bank has no state
+        if (self.live < 2).any():  # an empty bank has no state
+            self.flushes.fill_(self.two.file.notes.flushes)
 
     def _save_to_state_dict(self, *args, **kwargs):
         self.flush()

@@ -123,11 +123,12 @@ def begin(
     tag_steps: int,  # of its classifier, where there are tags
     cct: dict,  # its settings
 ) -> Generator:  # returns what a record says of a given start: {"start": {"name", "miou"}}, or {}
-    "Stages after which the network is the start, its BatchNorm frozen; none where a checkpoint is given"
+    "Stages after which the network is the start, BatchNorm frozen; none for a given checkpoint"
     if start is not None:
         state = read_start(start)
         scores = [row["miou"] for row in state["run"].get("history", []) if "miou" in row]
-        return {"start": {"name": load_start(net, state, task), "miou": scores[-1] if scores else None}}
+        miou = scores[-1] if scores else None
+        return {"start": {"name": load_start(net, state, task), "miou": miou}}
     if task.unlabelled.tags is None or task.unlabelled.crop:
         method = yield Stage("cct", CCT(net, task, **cct), steps)
     else: method = yield from cct_weak(net, task, steps, tag_steps=tag_steps, cct=cct)
@@ -354,7 +355,8 @@ def row_name(record: dict) -> str:
     p, method = record["params"], record["method"]
     known = {"Continuation": "adv", "SemiContinuation": "semi", "WeakContinuation": "semi+wsl"}
     if p.get("class") in known: return known[p["class"]]
-    if method.startswith("continuation_"): return method.removeprefix("continuation_").replace("_", "+")
+    prefix = "continuation_"
+    if method.startswith(prefix): return method.removeprefix(prefix).replace("_", "+")
     if method != "continuation": return f"{method.removesuffix('_continued')}, continued"
     if p.get("mode") in ("adv", "control", "cct"): return p["mode"]
     words = [p.get("mode", "semi+wsl")]
@@ -372,14 +374,15 @@ def result_rows(
     def key(r):
         who = r["dataset"]["split_id"], r["seed"], r["model"], r["encoder"]
         return str([*who, *(r["params"].get(k) for k in same)])
-    mine = [r for r in records if isinstance(r.get("start"), dict) and r["start"]["miou"] is not None]
+    mine = [r for r in records
+            if isinstance(r.get("start"), dict) and r["start"]["miou"] is not None]
     control = {key(r): r["result"]["miou"] for r in mine if row_name(r) == "control"}
     rows = []
     for r in mine:
         miou, base = r["result"]["miou"], control.get(key(r))
         delta = None if base is None else miou - base
-        rows.append({"row": row_name(r), "seed": r["seed"], "start": r["start"]["miou"], "control": base,
-                     "miou": miou, "delta": delta})
+        rows.append({"row": row_name(r), "seed": r["seed"], "start": r["start"]["miou"],
+                     "control": base, "miou": miou, "delta": delta})
     return sorted(rows, key=lambda r: (r["row"] != "control", r["row"], r["seed"]))
 
 # %% ../nbs/21_continuation.ipynb #result-table

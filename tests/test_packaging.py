@@ -1,5 +1,4 @@
 """What an installation holds: the wheel with its lessons and its command, the source archive with all that `make test` needs."""
-import json
 import os
 import shutil
 import subprocess
@@ -9,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from semiseg_nb.command import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = (".git", ".venv", "_demo", "_lessons", "_runs", "_docs", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".ipynb_checkpoints")
@@ -24,7 +25,7 @@ def built(tmp_path_factory):
     copy, out = tmp_path_factory.mktemp("package") / "source", tmp_path_factory.mktemp("built")
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
     (copy / "nbs/scratch.log").write_text("a file that nobody wants")
-    code = "import sys; from setuptools import build_meta as b; b.build_wheel(sys.argv[1]); b.build_sdist(sys.argv[1])"
+    code = "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_wheel(out); b.build_sdist(out)"  # argv is theirs then
     done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
@@ -66,18 +67,36 @@ def test_the_source_archive_holds_all_that_make_test_needs(built):
 
 @pytest.mark.slow
 def test_lessons_come_out_of_an_installation_and_run(installed, tmp_path):
-    code = ("import sysconfig, sys; get = sysconfig.get_path\n"
-            f"sysconfig.get_path = lambda name, *a, **k: {str(installed)!r} if name == 'data' else get(name, *a, **k)\n"
-            "from semiseg_nb.command import main; main(['lessons', 'mine'])")
+    code = f"""
+import json, os, sysconfig
+get = sysconfig.get_path
+sysconfig.get_path = lambda name, *a, **k: {str(installed)!r} if name == "data" else get(name, *a, **k)
+from semiseg_nb.command import main
+main(["lessons", "mine"])
+os.chdir("mine/nbs")
+cells = json.load(open("01_scenes.ipynb", encoding="utf-8"))["cells"]
+exec(next("".join(c["source"]) for c in cells if c["cell_type"] == "code" and "import" in "".join(c["source"])))
+from semiseg_nb.records import find, read_records
+print(len(read_records(find("results"))[0]))
+"""
     env = os.environ | {"PYTHONPATH": str(installed / "site")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "0 were there already" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    said, count = done.stdout.splitlines()
+    assert said.startswith(f"{len(list((tmp_path / 'mine').rglob('*.*')))} files copied") and int(count) > 100
     assert {p.name for p in (tmp_path / "mine/nbs").glob("*.ipynb")} == NOTEBOOKS
-    cells = json.loads((tmp_path / "mine/nbs/01_scenes.ipynb").read_text(encoding="utf-8"))["cells"]
-    first = next("".join(c["source"]) for c in cells if c["cell_type"] == "code" and "import" in "".join(c["source"]))
-    find = "from semiseg_nb.records import find, read_records; print(len(read_records(find('results'))[0]))"
-    done = subprocess.run([sys.executable, "-c", f"{first}\n{find}"], cwd=tmp_path / "mine/nbs", env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and int(done.stdout) > 100, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("words", ["train uda --data x n_labelled=4", "train uda steps=3 --out o n_labelled=4", "train uda -f a.yaml n_labelled=4"])
+def test_values_may_stand_behind_options(words):
+    parsed = parse(words.split())
+    assert parsed.values[-1] == "n_labelled=4" and parsed.method == "uda"
+
+
+@pytest.mark.parametrize("words", ["train uda --nothing n=4", "report runs more"])
+def test_words_that_nobody_knows_are_refused(words, capsys):
+    with pytest.raises(SystemExit): parse(words.split())
+    assert "unrecognized arguments" in capsys.readouterr().err
 
 
 def test_an_editable_install_takes_no_copy_of_the_lessons(monkeypatch):
