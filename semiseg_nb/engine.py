@@ -157,7 +157,7 @@ def evaluate(
     method.train(was_training)
     return metrics.compute()
 
-# %% ../nbs/07_engine.ipynb #make-accelerator
+
 def make_accelerator(
     device: str | None = None,  # "cpu" | "cuda"; None: a GPU where there is one
 ) -> Accelerator:
@@ -523,7 +523,7 @@ def share_weights(method: Method, accelerator: Accelerator) -> None:
     for t in method.state_dict().values():
         if t.device.type == accelerator.device.type: t.copy_(broadcast(t.clone()))
 
-# %% ../nbs/07_engine.ipynb #pairs
+
 def pairs(
     method: Method,
     task: Task,
