@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import NoMask
 from torch import nn
 
+from semiseg_nb.adversarial import d_loss, g_loss, r1_penalty
 from semiseg_nb.catalogue import box_sums, load_task, one_object
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
@@ -24,19 +25,14 @@ from semiseg_nb.stylegan2 import (
     Generator,
     ModulatedConv,
     StyleGAN2,
-    block_features,
     channels_for,
-    d_loss,
     downsample,
-    frechet,
     fused_lrelu,
-    g_loss,
     grouped,
     latents,
     lazy_adam,
     minibatch_std,
     path_penalty,
-    r1_penalty,
     scaled,
     styles,
     truncate,
@@ -599,19 +595,3 @@ def test_bf16_gives_finite_float32_losses(task):
     with torch.autocast("cpu", torch.bfloat16):
         losses = {k: v for _, ls, *_ in m.updates(*batch(task), Clock(0, 10)) for k, v in ls.items()}
     assert set(losses) == {"d", "r1", "g", "path"} and all(torch.isfinite(v) and v.dtype == torch.float32 for v in losses.values())
-
-
-# ---------------------------------------------------------------- the distance
-
-def test_frechet_distance_by_hand():
-    x = randn(3000, 4, dtype=torch.float64)
-    assert abs(frechet(x, x)) < 1e-9 and abs(frechet(x, x + torch.tensor([3.0, 0, 4, 0])) - 25) < 1e-8
-    assert abs(frechet(x, 3 * x) - (4 * x.mean(0).square().sum() + 4 * torch.cov(x.T).trace())) < 1e-8      # (3 - 1)² of the variance
-    assert torch.allclose(frechet(x, x[:99] ** 2), frechet(x[:99] ** 2, x))
-
-
-def test_block_features_are_mean_and_spread_of_sixteen_squares():
-    x = torch.zeros(1, 3, 8, 8)
-    x[0, 1, 2:4, 6:8] = torch.tensor([[1.0, 0], [1, 0]])
-    s = block_features(x)[0]
-    assert s.shape == (96,) and s[16 + 4 + 3] == 0.5 and abs(s[48 + 16 + 4 + 3] - math.sqrt(1 / 3)) < 1e-9 and s.count_nonzero() == 2
