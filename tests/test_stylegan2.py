@@ -11,7 +11,7 @@ from helpers import NoMask
 from torch import nn
 
 from semiseg_nb.adversarial import d_loss, g_loss, r1_penalty
-from semiseg_nb.catalogue import box_sums, load_task, one_object
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
 from semiseg_nb.engine import evaluate, fit, make_accelerator, optimise, prepare
@@ -76,22 +76,6 @@ def train(m, task, steps=3, **more):
 def same(a, b):
     one, two = a.state_dict(), b.state_dict()
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-
-
-# ---------------------------------------------------------------- portraits
-
-def test_a_portrait_holds_one_whole_object():
-    masks = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    masks[0, 2:7, 8:13], masks[1, 0:6, 0:6] = 2, 1                                         # whole; cut off by the border of the scene
-    rows, kinds, corners = one_object(masks, 3, 9)
-    assert rows.tolist()[0] == 0 and kinds.tolist()[0] == 2 and 2 not in rows, "a scene without an object gives no window"
-    top, left = corners[0].tolist()
-    assert top <= 2 and top + 9 >= 7 and left <= 8 and left + 9 >= 13
-
-
-def test_windows_are_summed_as_by_a_loop():
-    x = randn(2, 7, 9, dtype=torch.float64)
-    assert torch.allclose(box_sums(x, 3), F.avg_pool2d(x[None], 3, 1)[0] * 9)
 
 
 # ---------------------------------------------------------------- equalised layers
