@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MARK', 'STATE', 'RUN', 'fingerprint', 'plain', 'write_state', 'read_bytes', 'read_state', 'rng_state',
-           'set_rng_state', 'difference', 'is_turn', 'Saver', 'check_state', 'weights_path', 'save_weights',
-           'read_weights', 'load_weights']
+           'set_rng_state', 'difference', 'is_turn', 'weights_of', 'tensors_of', 'Saver', 'check_tensors',
+           'check_memory_of', 'row_is_sane', 'check_state', 'weights_path', 'save_weights', 'read_weights',
+           'load_weights']
 
 # %% ../nbs/07_checkpoint.ipynb #imports
 import hashlib
@@ -125,6 +126,17 @@ def is_turn(done: int, every: int | None, steps: int) -> bool:
     "Whether something that is done every so many steps, and after the last, is done now"
     return done == steps or (bool(every) and done % every == 0)
 
+
+def weights_of(method: nn.Module) -> dict:  # name -> tensor
+    "Parameters and averages, without counters and memories: what a run begins with"
+    return {k: t for k, t in tensors_of(method).items() if t.is_floating_point()}
+
+
+def tensors_of(method: nn.Module) -> dict:  # name -> tensor
+    "Parameters and buffers; `state_dict` would also make a bank in a file write down what it holds"
+    return {**dict(method.named_parameters(remove_duplicate=False)),
+            **dict(method.named_buffers(remove_duplicate=False))}
+
 # %% ../nbs/07_checkpoint.ipynb #saver
 class Saver:
     "The checkpoint of a run: where it is, whose it is, and what it holds"
@@ -166,6 +178,7 @@ class Saver:
                 "identity": self.identity,
                 "method": method.state_dict(),
                 "optimisers": {k: o.state_dict() for k, o in method.optimisers.items()},
+                "remembered": {k: len(o.state) for k, o in method.optimisers.items()},  # weights
                 "rng": rngs,  # one for each process
                 "run": {name: plain(getattr(run, name)) for name in RUN},
             })
@@ -193,7 +206,8 @@ class Saver:
         theirs = state["identity"]
         mine = dict(self.identity)
         if theirs.get("initial weights") != mine["initial weights"]:
-            same = fingerprint(state["method"]) == fingerprint(method)
+            now, then = weights_of(method), state["method"]
+            same = fingerprint({k: then[k] for k in now if k in then}) == fingerprint(now)
             if same: mine["initial weights"] = theirs.get("initial weights")  # this run made it of them
         other = difference(theirs, mine)
         if other: raise UserError(f"{self.path} belongs to a run with {other}: {remedy}.")
@@ -211,12 +225,53 @@ class Saver:
 
     def load(self, method: nn.Module, state: dict) -> None:
         "Networks, optimisers and random states of a checkpoint"
+        own = {k: t for k, t in tensors_of(method).items() if k in state["method"]}
+        check_tensors({k: state["method"][k] for k in own}, own)
         method.load_state_dict(state["method"])
         for name, optimiser in method.optimisers.items():
-            optimiser.load_state_dict(state["optimisers"][name])
+            memory, own = state["optimisers"][name]["state"], optimiser.state_dict()["param_groups"]
+            check_memory_of(optimiser, memory)
+            if state.get("remembered", {}).get(name, len(memory)) != len(memory):
+                raise ValueError(f"optimiser '{name}' has forgotten a weight")
+            optimiser.load_state_dict({"state": memory, "param_groups": own})
         set_rng_state(state["rng"][self.accelerator.process_index])
 
+# %% ../nbs/07_checkpoint.ipynb #check-tensors
+def check_tensors(found: dict, wanted: dict) -> None:
+    "Raise `ValueError` where tensors are not of the wanted names, types and shapes, or not finite"
+    if found.keys() != wanted.keys():
+        raise ValueError(f"'{min(found.keys() ^ wanted.keys(), key=str)}' is in one only")
+    for name, t in wanted.items():
+        mine = found[name]
+        if not isinstance(t, Tensor): continue
+        same = isinstance(mine, Tensor) and mine.dtype == t.dtype and mine.shape == t.shape
+        if not same: raise ValueError(f"'{name}' is of another type or shape")
+        counts = mine.ndim == 0 and (name == "step" or not mine.is_floating_point())
+        if not torch.isfinite(mine).all() or (counts and mine < 0):
+            raise ValueError(f"'{name}' holds a number that cannot be")
+
+
+def check_memory_of(optimiser: torch.optim.Optimizer, memory: dict) -> None:
+    "Raise `ValueError` where what an optimiser remembers does not fit its weights"
+    params = [p for group in optimiser.param_groups for p in group["params"]]
+    names = {k for remembered in memory.values() for k, v in remembered.items() if v is not None}
+    if not memory.keys() <= set(range(len(params))): raise ValueError("an optimiser has other weights")
+    for i, remembered in memory.items():
+        kinds = {k: torch.zeros(()) if k == "step" else params[i] for k in names}
+        check_tensors({k: v for k, v in remembered.items() if v is not None}, kinds)
+
 # %% ../nbs/07_checkpoint.ipynb #check-state
+def row_is_sane(row: dict) -> bool:
+    "Whether the numbers of a row are numbers, and its scores fractions"
+    kinds = dict.fromkeys(("seconds", "lr", "miou", "pixel_accuracy", "ece"), float) | {"step": int}
+    for name, value in row.items():
+        if name in kinds and (type(value) is not kinds[name] or not value >= 0): return False
+        if name in ("miou", "pixel_accuracy", "ece") and value > 1: return False
+        if (isinstance(value, float) and not np.isfinite(value)) or isinstance(value, dict): return False
+    scored = "miou" not in row or {"iou_per_class", "pixel_accuracy", "ece"} <= row.keys()
+    return scored and {"step", "seconds", "lr"} <= row.keys()
+
+
 STATE = {"step": int, "identity": dict, "method": dict, "optimisers": dict, "rng": list, "run": dict}
 RUN = {"history": list, "seconds": float, "images": int}
 
@@ -235,12 +290,14 @@ def check_state(
     for name, kind in RUN.items():
         if not isinstance(state["run"].get(name), kind):
             raise UserError(f"{path} lacks '{name}' of its run: {remedy}.")
-    history = state["run"]["history"]
-    if not history or not all(isinstance(row, dict) and "step" in row for row in history):
-        raise UserError(f"{path} holds no history of its run: {remedy}.")
     if not 0 < state["step"] <= steps:
         raise UserError(f"{path} is at step {state['step']}, outside of this run of {steps}: "
                         f"{remedy}.")
+    history = state["run"]["history"]
+    sane = history and all(isinstance(row, dict) and row_is_sane(row) for row in history)
+    sums = state["run"]["images"] >= 0 <= state["run"]["seconds"] < np.inf
+    if not sane or history[-1]["step"] != state["step"] or not sums:
+        raise UserError(f"{path} holds no history of its run: {remedy}.")
     if len(state["rng"]) != processes and state["identity"].get("processes") == processes:
         raise UserError(f"{path} holds the random states of {len(state['rng'])} processes, "
                         f"not of {processes}: {remedy}.")
@@ -260,11 +317,12 @@ def save_weights(
     "Write a network, its card and its fingerprint into one file"
     path = weights_path(path)
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    header = {"card": json.dumps(plain(card), sort_keys=True), "fingerprint": fingerprint(state)}
+    text = json.dumps(plain(card), sort_keys=True)
+    header = {"card": text, "card sha256": hashlib.sha256(text.encode()).hexdigest(), "fingerprint": fingerprint(state)}
     atomic_write(path, lambda f: f.write(save(state, header)))
     return path
 
-
+# %% ../nbs/07_checkpoint.ipynb #read-weights
 def read_weights(
     path,
 ) -> tuple[dict, dict]:  # tensors by name, and the card
@@ -279,6 +337,8 @@ def read_weights(
         raise UserError(f"{path} is no readable safetensors file ({str(e).splitlines()[0]}): copy or train it again.") from None
     if "fingerprint" in header and header["fingerprint"] != fingerprint(tensors):
         raise UserError(f"{path} is damaged (its fingerprint does not match its weights): copy or train it again.")
+    if "card sha256" in header and header["card sha256"] != hashlib.sha256(header.get("card", "").encode()).hexdigest():
+        raise UserError(f"{path} is damaged (its card does not match its checksum): copy or train it again.")
     beside = path.with_suffix(".json")
     try: card = json.loads(header["card"]) if "card" in header else read_json(beside, "card") if beside.exists() else {}
     except ValueError as e:
@@ -303,5 +363,8 @@ def load_weights(
         if t.shape != state[name].shape:
             raise UserError(f"{path} does not fit: '{name}' is {tuple(t.shape)} there and {tuple(state[name].shape)} here. "
                             "Build the network with the width and classes that its card names.")
+        if t.dtype != state[name].dtype or not torch.isfinite(t).all():
+            kind = str(t.dtype).removeprefix("torch.")
+            raise UserError(f"{path} does not fit: '{name}' is {kind}, or holds nan: save it with save_weights, as the network has it.")
     net.load_state_dict(tensors)
     return card

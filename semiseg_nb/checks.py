@@ -117,7 +117,7 @@ class NoMask(dict):
         refuse(key == "mask", "The mask of an unlabelled image was looked for.")
         return super().__contains__(key)
 
-    def get(self, key, default=None): return self[key] if key in self.keys() else default
+    def get(self, key, default=None): return self[key] if key in self else default
 
 
 def check_baseline(bench: Bench) -> None:

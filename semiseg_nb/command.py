@@ -19,9 +19,10 @@ from pathlib import Path
 import yaml
 
 from .catalogue import load_split, load_task
+from .checkpoint import plain
 from .core import UserError, named_values, one_of, read_json
 from .engine import NonFiniteLoss, evaluate
-from .experiment import find_method, methods, own_settings, run
+from .experiment import find_method, methods, own_settings, request_name, run
 from .leaderboard import compare, describe, title_of
 from .records import read_records
 
@@ -60,6 +61,7 @@ def read_parameters(path) -> dict:
     "A YAML file of names and values; raises `UserError` when it is missing or something else"
     try: values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as e: raise UserError(f"The parameter file {path} cannot be read ({e.strerror}): check its name.") from None
+    except RecursionError: raise UserError(f"The parameter file {path} is nested too deeply: write lines NAME: VALUE.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"The parameter file {path} is no readable YAML ({str(e).splitlines()[0]}): write lines NAME: VALUE.") from None
     if not isinstance(values, dict): raise UserError(f"The parameter file {path} holds no names with values: write lines NAME: VALUE.")
@@ -117,14 +119,16 @@ def score(words) -> dict:
     "Score a finished run again, on a split of its own data or on other data"
     folder = Path(words.run)
     told = read_json(folder / "run.json", "run", "give a folder that `semiseg train --out` has made")
+    if not isinstance(told, dict) or not isinstance(told.get("data"), dict) or folder.resolve().name != request_name(told):
+        raise UserError(f"{folder / 'run.json'} does not belong to its folder: one of the two was changed or renamed, so train again.")
     if not (folder / "weights.safetensors").exists():
         raise UserError(f"{folder} holds no finished run: start the same training again, it goes on from its checkpoint.")
     task = load_task(**{"dataset": "scenes", **told["data"]})
+    if plain(task.describe()) != told["dataset"]:
+        raise UserError(f"The data of {folder} have changed since it was trained (images, masks or split): train again.")
     again = {k: told[k] for k in ("steps", "batch_size", "unlabelled_batch", "seed", "clip", "variant", "score_on")}
     result = run(told["method"], task, settings=told["settings"], **told["net"], **again, out_dir=folder.parent, data=told["data"],
                  records=folder / "scored", progress=False)
-    if result.folder.resolve() != folder.resolve():
-        raise UserError(f"The data of {folder} have changed since it was trained (images, masks or split): train again.")
     if words.data: images = load_split("folder", words.data, split=words.split, size=task.size, classes=task.classes)
     else: images = {"val": task.val, "tune": task.tune}[words.split] if words.split in ("val", "tune") else load_split(
         **{k: v for k, v in {"dataset": "scenes", **told["data"]}.items() if k in inspect.signature(load_split).parameters}, split=words.split)
@@ -218,7 +222,7 @@ def parse(words: list | None = None) -> argparse.Namespace:
     if rest: parsed.values += rest
     return parsed
 
-
+# %% ../nbs/62_command.ipynb #main-function
 def main(words: list | None = None) -> None:
     "The console script: one sentence and exit status 1 for what a user can mend"
     words = parse(words)

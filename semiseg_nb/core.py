@@ -14,6 +14,7 @@ import copy
 import difflib
 import errno
 import functools
+import glob
 import hashlib
 import inspect
 import json
@@ -287,6 +288,7 @@ def atomic_write(
     temporary, output = temporary_name(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        clear_temporaries(path.parent, glob.escape(path.name))
         with open(temporary, "wb") as f:
             output = Output(f)
             writer(output)
@@ -304,9 +306,9 @@ def atomic_write(
     return path
 
 
-def clear_temporaries(folder) -> None:
+def clear_temporaries(folder, name: str = "*") -> None:
     "Remove what killed processes of this host left of half-written files; those of running ones stay"
-    for path in Path(folder).glob(f".*.{platform.node()}-*.tmp"):
+    for path in Path(folder).glob(f".{name}.{platform.node()}-*.tmp"):
         try: os.kill(int(path.name.split("-")[-1].removesuffix(".tmp")), 0)
         except ProcessLookupError: path.unlink(missing_ok=True)
         except (ValueError, PermissionError): continue

@@ -26,7 +26,15 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checkpoint import Saver, fingerprint, is_turn, plain, rng_state, set_rng_state
+from semiseg_nb.checkpoint import (
+    Saver,
+    fingerprint,
+    is_turn,
+    plain,
+    rng_state,
+    set_rng_state,
+    weights_of,
+)
 from .clock import Clock
 from semiseg_nb.core import (
     IGNORE,
@@ -473,7 +481,7 @@ def prepare(
     if world > 1: share_weights(method, accelerator)
     method.check(task, batch_size // world, unlabelled_batch // world)
     method.accelerator = accelerator
-    method.initial = method.initial or fingerprint(method)
+    method.initial = method.initial or fingerprint(weights_of(method))
 
 
 def check_accelerator(accelerator: Accelerator) -> None:

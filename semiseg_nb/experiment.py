@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABOVE', 'methods', 'can_run', 'find_method', 'needs_net', 'own_settings', 'Result', 'one_stage', 'stages_of',
-           'train_stages', 'run', 'new_network', 'run_folder', 'scores', 'recorded', 'params_of', 'whole_run',
-           'predictor']
+           'train_stages', 'run', 'new_network', 'request_name', 'run_folder', 'scores', 'recorded', 'params_of',
+           'whole_run', 'predictor']
 
 # %% ../nbs/60_experiment.ipynb #imports
 import hashlib
@@ -61,7 +61,7 @@ def can_run(thing: object) -> bool:
     if inspect.isclass(thing): return issubclass(thing, Method) and thing.alone
     return inspect.isfunction(thing)
 
-
+# %% ../nbs/60_experiment.ipynb #find-method
 def find_method(
     what: str | type | Callable,  # a name, a `Method` class, or a recipe
 ) -> type | Callable:
@@ -238,6 +238,12 @@ def new_network(network: dict, task: Task) -> nn.Module:
     return build_model(network["model"], task.n_classes, mean=task.mean, **arguments)
 
 
+def request_name(request: dict) -> str:
+    "How the folder of a run is called: the method, and a hash of all that was asked for"
+    wanted = {k: v for k, v in request.items() if k != "data"}
+    return f"{request.get('method')}-{hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
 def run_folder(
     out: Path,
     request: dict,  # all that was asked for
@@ -247,8 +253,7 @@ def run_folder(
 ) -> Path:
     "The folder of a run, named by a hash of the request; the request itself is written into it"
     request = plain(request | {"dataset": task.describe()})
-    name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
-    folder = out / f"{request['method']}-{name}"
+    folder = out / request_name(request)
     text = json.dumps(request | {"data": plain(data or {})}, indent=1).encode()
     if accelerator.is_main_process: atomic_write(folder / "run.json", lambda f: f.write(text))
     return folder

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PROFILES', 'IDENTITY', 'NUMBER', 'FIELDS', 'DATASET_FIELDS', 'profile_of', 'settings_of', 'make_record',
-           'thin', 'versions', 'commit', 'is_a', 'what_is_wrong', 'identity', 'write_record', 'without_nan',
-           'read_records', 'find', 'table']
+           'thin', 'versions', 'commit', 'is_a', 'what_is_wrong', 'identity', 'write_record', 'checksum',
+           'what_has_changed', 'without_nan', 'read_records', 'find', 'table']
 
 # %% ../nbs/08_records.ipynb #imports
 import hashlib
@@ -152,6 +152,10 @@ def what_is_wrong(record: object) -> str | None:
     miou = record["result"].get("miou")
     if not is_a(miou, NUMBER) or not 0 <= miou <= 1:
         return f"miou {str(miou)[:30]} is not a fraction between 0 and 1"
+    for name in ("pixel_accuracy", "ece"):
+        value = record["result"].get(name, 0)
+        if not is_a(value, NUMBER) or not 0 <= value <= 1:
+            return f"{name} {str(value)[:30]} is not a fraction between 0 and 1"
     if record["seconds"] < 0: return f"seconds {record['seconds']} are negative"
     return None
 
@@ -172,8 +176,22 @@ def write_record(
     data = record["dataset"]
     folder = Path(root) / f"{data['name']}-{data['n_labelled']}"
     path = folder / f"{record['method']}-{identity(record)}.json"
-    text = json.dumps(without_nan(record), indent=1, allow_nan=False)
+    record = without_nan({k: v for k, v in record.items() if k != "checksum"})
+    text = json.dumps(record | {"checksum": checksum(record)}, indent=1, allow_nan=False)
     return atomic_write(path, lambda f: f.write((text + "\n").encode()))
+
+
+def checksum(record: dict) -> str:
+    "Sixteen hex digits over everything in a record, other than its own checksum"
+    text = json.dumps({k: v for k, v in record.items() if k != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def what_has_changed(record: dict, stem: str) -> str | None:
+    "Why a record is no longer what was written under this name, in words; None where it is, or cannot be known"
+    if "checksum" not in record: return None  # the first edition wrote none
+    if record["checksum"] != checksum(record): return "it was changed since it was written (its checksum does not match)"
+    return None if stem.endswith(identity(record)) else "its name is that of another record"
 
 
 def without_nan(value):
@@ -197,7 +215,7 @@ def read_records(root: str | Path = "results") -> tuple[list[dict], dict[str, st
         except UserError:
             refused[str(name)] = "it is not readable JSON"
             continue
-        problem = what_is_wrong(record)
+        problem = what_is_wrong(record) or what_has_changed(record, path.stem)
         if problem: refused[str(name)] = problem
         else: records.append(record | {"path": str(path)})
     return records, refused

@@ -114,8 +114,12 @@ class Supervised(Method):
         size = task.labelled.crop or task.size
         modes = [(module, module.training) for module in self.net.modules()]
         blank = torch.zeros(1, 3, *size, device=self.device)
-        with torch.no_grad(): shape = tuple(self.net.eval()(blank).shape)
+        with torch.no_grad(): out = self.net.eval()(blank)
         for module, training in modes: module.training = training
+        if not isinstance(out, Tensor):
+            raise UserError(f"The network returns a {type(out).__name__}, but it should return logits (B,C,H,W): "
+                            "wrap it in a module that returns that tensor alone.")
+        shape = tuple(out.shape)
         if shape != (1, task.n_classes, *size):
             raise UserError(f"The network maps an image of {size[0]}x{size[1]} to {shape[1:]}, "
                             f"but this task needs {(task.n_classes, *size)}: "

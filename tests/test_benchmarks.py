@@ -19,7 +19,7 @@ def cheap(monkeypatch): monkeypatch.setattr(step, "ceiling", lambda device, roun
 
 
 def test_steps_of_two_methods(cheap, capsys):
-    settings = dict(size=16, batch_size=2, steps=1, rounds=1, threads=1, models=[("unet", 4)], record=False)
+    settings = dict(size=32, batch_size=2, steps=1, rounds=1, threads=1, models=[("unet", 4)], record=False)
     step.main(Namespace(**settings, methods=["supervised", "cct K=4"]))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and "supervised" in lines[2] and "cct K=4" in lines[3]

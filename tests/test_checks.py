@@ -149,7 +149,7 @@ class Local(Supervised):
 
 
 @pytest.mark.parametrize("cls, check, said", [
-    (Drawing, "baseline", "does not take the steps of the supervised baseline"), (Peeking, "masks", "mask of an unlabelled image was read"),
+    (Drawing, "baseline", "does not take the steps of the supervised baseline"), (Peeking, "unlabelled", "mask of an unlabelled image was looked for"),
     (Remembering, "resume", "ends with other weights"), (Rewriting, "names", "'weight' comes back as"), (Trusting, "ranges", "accepts share=nan"),
     (Thawing, "frozen", "moves parameters that are frozen"), (Local, "finite_and_copy", "pickle")], ids=lambda v: getattr(v, "__name__", ""))
 def test_a_broken_promise_is_named(cls, check, said):

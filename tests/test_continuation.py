@@ -175,7 +175,7 @@ def test_the_belief_that_counts_is_that_of_the_gated_answer(task):
 def test_the_push_alone_and_the_control_never_touch_the_unlabelled_images(task, start):
     class Forbidden:
         "Unlabelled images that complain when they are read"
-        tags, crop = None, None
+        tags, crop, fingerprint = None, None, task.unlabelled.fingerprint
         def __len__(self): return 24
         def __getitem__(self, i): raise AssertionError("an unlabelled image was read")
         def __getitems__(self, i): raise AssertionError("unlabelled images were read")

@@ -403,7 +403,7 @@ def test_penalties_are_multiplied_by_their_interval(task):
 
 def test_each_update_moves_its_own_network(task):
     m = method(task, path_weight=2.0)
-    prepare(m, accelerator := make_accelerator("cpu"))
+    prepare(m, task, 2, 2, accelerator := make_accelerator("cpu"))
     for name, losses, *_ in m.updates(*batch(task), Clock(0, 10)):
         before = {n: {k: v.clone() for k, v in getattr(m, n).state_dict().items()} for n in "GD"}
         optimise(m.optimisers[name], losses, accelerator)
