@@ -18,6 +18,7 @@ import step
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from semiseg_nb.adversarial import r1_penalty
 from semiseg_nb.catalogue import across, load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import atomic_write, seed_everything
@@ -25,7 +26,7 @@ from semiseg_nb.cyclegan import CycleGAN
 from semiseg_nb.engine import device_name, make_accelerator, one_step, pairs, prepare
 from semiseg_nb.records import commit, versions
 from semiseg_nb.semanticgan import SemanticGAN
-from semiseg_nb.stylegan2 import Discriminator, Generator, ModulatedConv, StyleGAN2, latents, path_penalty, r1_penalty
+from semiseg_nb.stylegan2 import Discriminator, Generator, ModulatedConv, StyleGAN2, latents, path_penalty
 
 MIDDLE = 480000  # steps are taken from the middle of a run of 10**6, at a step where every lazy penalty is due
 

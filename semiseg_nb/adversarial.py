@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['REAL', 'FAKE', 'large_enough', 'FCDiscriminator', 'start_small', 'instance_norm', 'PatchDiscriminator', 'answer',
-           'bce_map', 'lsgan', 'hinge', 'hide', 'verdicts', 'upper_part', 'fresh_masks', 'gate', 'Pool',
-           'straight_through']
+           'bce_map', 'lsgan', 'hinge', 'd_loss', 'g_loss', 'r1_penalty', 'hide', 'verdicts', 'upper_part',
+           'fresh_masks', 'gate', 'Pool', 'straight_through']
 
 # %% ../nbs/19_adversarial.ipynb #imports
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -151,6 +152,32 @@ def hinge(
 ) -> Tensor:  # scalar: 1 for a critic that says 0 of everything, 0 when real >= 1 and fake <= -1
     "The loss of a critic, half for each kind"
     return (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()) / 2
+
+# %% ../nbs/19_adversarial.ipynb #logistic
+def d_loss(
+    real: Tensor, fake: Tensor,  # (B,1) logits
+) -> Tensor:  # scalar; 2 ln 2 when the discriminator has no idea
+    "What the discriminator minimises: real up, generated down"
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def g_loss(
+    fake: Tensor,  # (B,1) logits of the discriminator
+) -> Tensor:  # scalar
+    "What the generator minimises: be taken for real; steepest where D is sure that it is not"
+    return F.softplus(-fake).mean()
+
+# %% ../nbs/19_adversarial.ipynb #r1
+def r1_penalty(
+    D: Callable,  # images to logits; with augmentation: lambda x: D(T(x))
+    x: Tensor,  # (B,C,H,W) real
+    gamma: float,
+) -> Tensor:  # scalar: gamma/2 times the squared gradient, summed over pixels, averaged over images
+    "Keep the discriminator flat around real images (arXiv 1801.04406), always in float32"
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.detach().float().requires_grad_()
+        slope, = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+        return gamma / 2 * slope.square().sum() / len(x)
 
 # %% ../nbs/19_adversarial.ipynb #hide
 def hide(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCENES', 'PORTRAITS', 'PLAIN', 'VOC_CLASSES', 'VOC_PAGE', 'SBD_PAGE', 'CONTEXT_CLASSES', 'CONTEXT_PAGE', 'CITY_PAGE',
-           'PET_PAGE', 'DATASETS', 'scene_order', 'box_sums', 'one_object', 'portraits', 'chosen', 'Source',
-           'load_task', 'load_split', 'across', 'joined', 'load_across']
+           'PET_PAGE', 'DATASETS', 'scene_order', 'portraits', 'chosen', 'Source', 'load_task', 'load_split', 'across',
+           'joined', 'load_across']
 
 # %% ../nbs/51_catalogue.ipynb #imports
 import reprlib
@@ -71,7 +71,7 @@ def _scenes(split: str, size: int, style: str, strength: float) -> tuple:
 
 
 def scene_order(split_seed: int) -> list:
-    "The order in which scenes get labels: a seeded shuffle, drawn again until the first six show every class"
+    "Who gets labels first: a seeded shuffle, drawn again until six scenes show every class"
     attempt = 0
     while True:
         order = torch.randperm(600, generator=generator(split_seed, "scenes", attempt)).tolist()
@@ -80,16 +80,20 @@ def scene_order(split_seed: int) -> list:
         attempt += 1
 
 # %% ../nbs/51_catalogue.ipynb #scene-set
-def _scene_set(split, rows, size, style, strength, labelled, weak_tags=False, crop=None):
+def _scene_set(
+    split: str, rows: Sequence, size: tuple, style: str, strength: float, labelled: bool,
+    weak_tags: bool = False, crop: tuple | None = None,
+) -> Images:
     images, masks = _scenes(split, size[0], style, strength)
     name = style if strength == 1 else f"{style}@{strength:g}"
     ids, n = [f"{name}/{SCENES[split][r]}" for r in rows], len(scenes.CLASSES)
     rows = torch.as_tensor(rows, dtype=torch.long)
     if labelled: return Labelled(ids, images[rows], masks[rows], n, crop)
-    return Images(ids, images[rows], image_tags(masks[rows], n) if weak_tags else None, crop)
+    tags = image_tags(masks[rows], n) if weak_tags else None
+    return Images(ids, images[rows], tags, crop)
 
 
-def _scene_size(size, style) -> tuple:
+def _scene_size(size: int | Sequence | None, style: str) -> tuple:
     one_of(style, scenes.STYLES, "style")
     size = as_size(size) or (64, 64)
     if size[0] != size[1]:
@@ -97,7 +101,11 @@ def _scene_size(size, style) -> tuple:
     return size
 
 
-def _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, strength, weak_tags, crop):
+def _scenes_task(
+    n_labelled: int | None, split_seed: int, size: int | Sequence | None,
+    n_unlabelled: int | None, n_tune: int | None, style: str, strength: float,
+    weak_tags: bool, crop: tuple | None,
+) -> Task:
     size = _scene_size(size, style)
     n_tune = 200 if n_tune is None else n_tune
     if not 0 <= n_tune <= 200:
@@ -106,42 +114,14 @@ def _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, stre
     make = partial(_scene_set, size=size, style=style, strength=strength)
     return Task("scenes", tuple(scenes.CLASSES), tuple(map(tuple, scenes.PALETTE)),
                 labelled=make("train", labelled, labelled=True, crop=crop),
-                unlabelled=make("train", unlabelled, labelled=False, weak_tags=weak_tags, crop=crop),
+                unlabelled=make("train", unlabelled, labelled=False, weak_tags=weak_tags,
+                                crop=crop),
                 val=make("val", range(200), labelled=True),
                 tune=make("tune", range(n_tune), labelled=True) if n_tune else None)
 
-# %% ../nbs/51_catalogue.ipynb #one-object
-def box_sums(
-    x: Tensor,  # (...,H,W) float, sums below 2^24 are exact
-    side: int,
-) -> Tensor:  # (...,H-side+1,W-side+1)
-    "Sum over every square window from four corners of the cumulative sums: no dearer for a large side"
-    c = F.pad(x.cumsum(-1).cumsum(-2), (1, 0, 1, 0))
-    return c[..., side:, side:] - c[..., :-side, side:] - c[..., side:, :-side] + c[..., :-side, :-side]
-
-
-def one_object(
-    masks: Tensor,  # uint8 (N,H,W) with classes 0..K-1
-    n_classes: int,
-    side: int,  # of the windows
-) -> tuple:  # (M,) row of each window in `masks`, (M,) its class, (M,2) its top and left
-    "Windows with one object in the middle, most of it inside: at most one for every image and class"
-    hot = F.one_hot(masks.long(), n_classes).movedim(3, 1)[:, 1:].float()  # objects only
-    def count(m):
-        "Pixels of each class inside every window, without a rim of m pixels"
-        inside = box_sums(hot, side - 2 * m)
-        return inside[..., m:inside.shape[-2] - m, m:inside.shape[-1] - m]
-    whole, inner = count(0), count(2)
-    others, cut_off = whole.sum(1, keepdim=True) - whole, whole - inner
-    fits = inner - 2 * others - 6 * cut_off
-    at = (fits + count(side // 4) + count(3 * side // 8)).flatten(2).argmax(2)  # in the middle, please
-    best = fits.flatten(2).gather(2, at[..., None])[..., 0]
-    rows, kinds = (best > 0.15 * side**2).nonzero().unbind(1)
-    at = at[rows, kinds]
-    return rows, kinds + 1, torch.stack([at // fits.shape[3], at % fits.shape[3]], 1)
-
 # %% ../nbs/51_catalogue.ipynb #portraits
-PORTRAITS = {"train": (30_000, 2000), "val": (40_000, 200), "tune": (50_000, 200)}  # first scene, number
+PORTRAITS = {  # split -> first scene, number of portraits
+    "train": (30_000, 2000), "val": (40_000, 200), "tune": (50_000, 200)}
 PLAIN = 0.8  # of `make_scenes`: the colour of the class, and a rest of its texture
 
 
@@ -157,7 +137,7 @@ def portraits(
     ids, images, masks = [], [], []
     while len(ids) < n:
         x, y = scenes.make_scenes(range(scene, scene + 250), 2 * size, style, strength, PLAIN)
-        rows, kinds, corners = one_object(y, len(scenes.CLASSES), size)
+        rows, kinds, corners = scenes.one_object(y, len(scenes.CLASSES), size)
         at = torch.arange(size)
         row, col = (corners[:, :1] + at)[:, :, None], (corners[:, 1:] + at)[:, None, :]
         images.append(x[rows[:, None, None], :, row, col].movedim(3, 1))
@@ -174,7 +154,10 @@ def chosen(split: Labelled, index: Tensor) -> tuple:
     return ids, split.images.index_select(0, index), split.masks.index_select(0, index)
 
 
-def _portraits_task(n_labelled, split_seed, size, n_unlabelled, style, strength) -> Task:
+def _portraits_task(
+    n_labelled: int | None, split_seed: int, size: int | Sequence | None,
+    n_unlabelled: int | None, style: str, strength: float,
+) -> Task:
     pair = as_size(size) or (32, 32)
     if pair[0] != pair[1]:
         raise UserError(f"size is {size}, but portraits are square: give one number.")
@@ -209,7 +192,7 @@ class Source:
         return self.folder.white if self.folder else None
 
 # %% ../nbs/51_catalogue.ipynb #check-files
-def _one_size(items, sizes, size) -> tuple:
+def _one_size(items: Sequence, sizes: Sequence, size: tuple | None) -> tuple:
     "The size that all images get; raises `UserError` when they differ and none was chosen"
     if size: return size
     for item, s in zip(items, sizes):
@@ -220,29 +203,39 @@ def _one_size(items, sizes, size) -> tuple:
     return sizes[0]
 
 
-def _checked(source: Source, items) -> tuple:
+def _checked(source: Source, items: Sequence) -> tuple:
     "Sizes and histograms of items that must have a mask"
     for item in items:
         if item.mask is None:
-            where = "" if source.folder is None else f" at '{source.folder.root / 'masks' / item.id}.png'"
+            where = ""
+            if source.folder: where = f" at '{source.folder.root / 'masks' / item.id}.png'"
             raise UserError(f"Image '{item.image}' has no mask: expected one{where}, named like "
                             "the image.")
     return survey(items, source.table)
 
 # %% ../nbs/51_catalogue.ipynb #weak-tags
-def _weak_tags(source: Source, items: list, n_classes: int, size: tuple, from_masks: bool) -> Tensor | None:
-    "Image-level labels: from `weak_labels`, if asked for from masks, else zeros; None if all are zero"
-    known = source.folder.info.get("weak_labels", {}) if source.folder else {}
-    known, tags = {one_form(name): ids for name, ids in known.items()}, torch.zeros(len(items), n_classes)
+def _weak_tags(
+    source: Source,
+    items: list,
+    n_classes: int,
+    size: tuple,
+    from_masks: bool,  # where `weak_labels` says nothing
+) -> Tensor | None:  # (N,C); None where all are zero
+    "Image-level labels: from `weak_labels` of dataset.json, or from the masks, else zeros"
+    entries = source.folder.info.get("weak_labels", {}) if source.folder else {}
+    known = {one_form(name): ids for name, ids in entries.items()}
+    tags = torch.zeros(len(items), n_classes)
+    def is_class(i: object) -> bool: return type(i) is int and 0 <= i < n_classes
     for row, item in zip(tags, items):
         ids = known.get(one_form(item.image.stem), [])
-        if not isinstance(ids, list) or any(type(i) is not int or not 0 <= i < n_classes for i in ids):
+        if not isinstance(ids, list) or not all(map(is_class, ids)):
             raise UserError(f"'{source.folder.root / 'dataset.json'}' gives '{item.image.stem}' "
                             f"the weak_labels {reprlib.repr(ids)}: write a list of class ids, "
                             f"which are 0 to {n_classes - 1}.")
         if ids: row[ids] = 1
         elif from_masks and item.mask:
-            row.copy_(image_tags(read_mask(item.mask, size, source.table)[None], n_classes)[0])
+            mask = read_mask(item.mask, size, source.table)
+            row.copy_(image_tags(mask[None], n_classes)[0])
     if tags.any(): return tags
     if from_masks and items:
         raise UserError("weak_tags: no unlabelled image has a mask or an entry in the "
@@ -252,12 +245,14 @@ def _weak_tags(source: Source, items: list, n_classes: int, size: tuple, from_ma
 # %% ../nbs/51_catalogue.ipynb #decode
 def _pictures(items: list, size: tuple, stretch: bool, white: float | None) -> Files:
     read = partial(read_image, size=size, stretch=stretch, white=white)
-    return Files([i.image for i in items], read, (3, *size), f"images, stretched: {stretch}, white: {white}")
+    how = f"images, stretched: {stretch}, white: {white}"
+    return Files([i.image for i in items], read, (3, *size), how)
 
 
 def _masks(items: list, size: tuple, table: Tensor | None) -> Files:
+    read = partial(read_mask, size=size, table=table)
     how = f"masks, table: {None if table is None else table.tolist()}"
-    return Files([i.mask for i in items], partial(read_mask, size=size, table=table), size, how)
+    return Files([i.mask for i in items], read, size, how)
 
 
 def _a_set(
@@ -271,7 +266,7 @@ def _a_set(
 ) -> Images:
     "A set that reads its files now, or when asked for a batch; either way it is known by its files"
     ids, files = [i.id for i in items], tuple(f for f in (pictures, masks) if f)
-    def load(f): return f.in_memory() if in_memory else f
+    def load(f: Files) -> Tensor | Files: return f.in_memory() if in_memory else f
     if masks is None: return Images(ids, load(pictures), tags, crop, files)
     return Labelled(ids, load(pictures), load(masks), n_classes, crop, files)
 
@@ -288,25 +283,31 @@ def _check_copies(training: list, measured: list) -> None:
                             "give copies_allowed=True.")
 
 
-def _build(source: Source, labelled, unlabelled, tune, size, crop, stretch, weak_tags, memory_limit) -> Task:
+def _build(
+    source: Source, labelled: list, unlabelled: list, tune: list,
+    size: tuple | None, crop: tuple | None, stretch: bool, weak_tags: bool, memory_limit: float,
+) -> Task:
     "Check every file that will be used, then decode (or, beyond `memory_limit`, leave on disk)"
     sets = [labelled, source.val, tune]
     surveys = [_checked(source, items) for items in sets]
     masked, histograms = sum(sets, []), sum((h for _, h in surveys), [])
+    white, table = source.white, source.table
     classes = check_masks(masked, histograms, source.classes)
     if source.folder: check_colours(masked, histograms)
     sizes, _ = survey([Item(i.id, i.image) for i in unlabelled])
     train = _one_size(labelled + unlabelled, surveys[0][0] + sizes, size)
-    others = zip(sets[1:], surveys[1:])
-    frames = [train] + [_one_size(items, found, size) if items else train for items, (found, _) in others]
+    frames = [train]
+    for items, (found, _) in zip(sets[1:], surveys[1:]):
+        frames.append(_one_size(items, found, size) if items else train)
     area = [len(s) * h * w for s, (h, w) in zip(sets, frames)]
     in_memory = 4 * sum(area) + 3 * len(unlabelled) * train[0] * train[1] <= memory_limit
 
-    def with_masks(items, size, crop=None):
-        pictures, masks = _pictures(items, size, stretch, source.white), _masks(items, size, source.table)
+    def with_masks(items: list, size: tuple, crop: tuple | None = None) -> Labelled:
+        pictures, masks = _pictures(items, size, stretch, white), _masks(items, size, table)
         return _a_set(items, pictures, in_memory, masks, len(classes), crop=crop)
+
     tags = _weak_tags(source, unlabelled, len(classes), train, weak_tags)
-    pictures = _pictures(unlabelled, train, stretch, source.white)
+    pictures = _pictures(unlabelled, train, stretch, white)
     return Task(source.name, classes, source.palette or class_palette(len(classes)),
                 labelled=with_masks(labelled, train, crop),
                 unlabelled=_a_set(unlabelled, pictures, in_memory, tags=tags, crop=crop),
@@ -314,8 +315,8 @@ def _build(source: Source, labelled, unlabelled, tune, size, crop, stretch, weak
                 tune=with_masks(tune, frames[2]) if tune else None)
 
 # %% ../nbs/51_catalogue.ipynb #voc
-def _opened(make: Callable, root: Path, name: str, page: str, tree: str):
-    "What `make` gives; raises `UserError` that names page and tree when files are not in their places"
+def _opened(make: Callable, root: Path, name: str, page: str, tree: str) -> list:
+    "What `make` gives; raises `UserError` that names page and tree when files are out of place"
     try: return make()
     except PermissionError as e: raise unreadable(e.filename or root, e) from None
     except (RuntimeError, OSError, ValueError):
@@ -324,8 +325,8 @@ def _opened(make: Callable, root: Path, name: str, page: str, tree: str):
 
 
 VOC_CLASSES = tuple(
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-    "person pottedplant sheep sofa train tvmonitor".split())
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor".split())
 VOC_PAGE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (training/validation data)"
 SBD_PAGE = "http://home.bharathh.info/pubs/codes/SBD/download.html"
 
@@ -336,11 +337,13 @@ def _pairs(images: Sequence, masks: Sequence) -> list:
 
 def _voc(root: Path, split_seed: int, augmented: bool) -> Source:
     "Pascal VOC 2012, with SBD unless `augmented` is False; the 1,464 fine masks get labels first"
-    tree = f"'{root / 'VOCdevkit' / 'VOC2012'}' with JPEGImages, SegmentationClass and ImageSets/Segmentation"
-    train, val = _opened(lambda: [VOCSegmentation(root, image_set=s) for s in ("train", "val")],
-                         root, "Pascal VOC 2012", VOC_PAGE, tree)
-    fine, val = ({i.id: i for i in _pairs(part.images, part.masks)} for part in (train, val))
-    more = {s: i for s, i in _sbd(root).items() if s not in fine and s not in val} if augmented else {}
+    tree = (f"'{root / 'VOCdevkit' / 'VOC2012'}' with JPEGImages, SegmentationClass and "
+            "ImageSets/Segmentation")
+    def make() -> list: return [VOCSegmentation(root, image_set=s) for s in ("train", "val")]
+    parts = _opened(make, root, "Pascal VOC 2012", VOC_PAGE, tree)
+    fine, val = ({i.id: i for i in _pairs(part.images, part.masks)} for part in parts)
+    sbd = _sbd(root) if augmented else {}
+    more = {s: i for s, i in sbd.items() if s not in fine and s not in val}
     if augmented and (len(fine), len(val)) == (1464, 1449) and len(fine) + len(more) != 10582:
         raise UserError(f"'{root}' gives {len(fine) + len(more)} training images, but VOC with "
                         "SBD has 10582: unpack the archives again.")
@@ -356,7 +359,11 @@ def _sbd(root: Path) -> dict:
         return {s: Item(s, base / "JPEGImages" / f"{s}.jpg", p) for s, p in masks.items()}
     tree = (f"'{root / 'sbd'}' with img, cls, train.txt and val.txt, or "
             f"'{base / 'SegmentationClassAug'}' with one PNG an image")
-    def make(): return [SBDataset(root / "sbd", image_set=s, mode="segmentation") for s in ("train", "val")]
+
+    def make() -> list:
+        folder = root / "sbd"
+        return [SBDataset(folder, image_set=s, mode="segmentation") for s in ("train", "val")]
+
     parts = _opened(make, root, "SBD (augmented=False does without)", SBD_PAGE, tree)
     return {item.id: item for part in parts for item in _pairs(part.images, part.masks)}
 
@@ -367,16 +374,17 @@ CONTEXT_CLASSES = tuple(
     "food grass ground horse keyboard light motorbike mountain mouse person plate platform "
     "pottedplant road rock sheep shelves sidewalk sign sky snow sofa table track train tree truck "
     "tvmonitor wall water window wood".split())
-CONTEXT_PAGE = ("https://cs.stanford.edu/~roozbeh/pascal-context/ and convert it with mmsegmentation's "
-                "tools/dataset_converters/pascal_context.py")
+CONTEXT_PAGE = ("https://cs.stanford.edu/~roozbeh/pascal-context/ and convert it with "
+                "mmsegmentation's tools/dataset_converters/pascal_context.py")
 
 
 def _context(root: Path, split_seed: int) -> Source:
     "PASCAL-Context: 59 classes and background, which counts as a class"
     base = root / "VOCdevkit" / "VOC2010"
     tree = f"'{base}' with JPEGImages, SegmentationClassContext and ImageSets/SegmentationContext"
-    lists = [base / "ImageSets" / "SegmentationContext" / f"{split}.txt" for split in ("train", "val")]
-    def make(): return [path.read_text(encoding="utf-8").split() for path in lists]
+    lists = base / "ImageSets" / "SegmentationContext"
+    paths = [lists / f"{split}.txt" for split in ("train", "val")]
+    def make() -> list: return [path.read_text(encoding="utf-8").split() for path in paths]
     images, masks = base / "JPEGImages", base / "SegmentationClassContext"
     train, val = ({s: Item(s, images / f"{s}.jpg", masks / f"{s}.png") for s in names}
                   for names in _opened(make, root, "PASCAL-Context", CONTEXT_PAGE, tree))
@@ -389,39 +397,49 @@ CITY_PAGE = ("https://www.cityscapes-dataset.com/downloads/ (leftImg8bit_trainva
 
 
 def _cityscapes(root: Path, split_seed: int) -> Source:
-    "Cityscapes, fine annotation: of the label ids the 19 scored classes are kept, others become 255"
+    "Cityscapes, fine annotation: the 19 scored classes are kept, other label ids become 255"
     tree = f"'{root / 'leftImg8bit'}' and '{root / 'gtFine'}', each with train and val"
-    def read(s): return Cityscapes(root, split=s, mode="fine", target_type="semantic")
-    train, val = _opened(lambda: [read(s) for s in ("train", "val")], root, "Cityscapes", CITY_PAGE, tree)
-    scored = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
+
+    def make() -> list:
+        options = dict(mode="fine", target_type="semantic")
+        return [Cityscapes(root, split=s, **options) for s in ("train", "val")]
+
+    parts = _opened(make, root, "Cityscapes", CITY_PAGE, tree)
+    scored = [c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE]
+    scored.sort(key=lambda c: c.train_id)
     table = torch.full((256,), IGNORE, dtype=torch.uint8)
     for c in scored: table[c.id] = c.train_id
     train, val = ({i.id: i for i in _pairs(part.images, [t[0] for t in part.targets])}
-                  for part in (train, val))
+                  for part in parts)
     order = [train[s] for s in seeded_order(train, split_seed, "labels")]
-    return Source("cityscapes", tuple(c.name for c in scored), tuple(c.color for c in scored), order, [],
-                  [val[s] for s in sorted(val)], table)
+    names, palette = tuple(c.name for c in scored), tuple(c.color for c in scored)
+    return Source("cityscapes", names, palette, order, [], [val[s] for s in sorted(val)], table)
 
 # %% ../nbs/51_catalogue.ipynb #pet
 PET_PAGE = "https://www.robots.ox.ac.uk/~vgg/data/pets/ (images.tar.gz and annotations.tar.gz)"
 
 
 def _pet(root: Path, split_seed: int) -> Source:
-    "Oxford-IIIT Pet: pet, background, border (1, 2, 3) become 1, 0, 2; `val` is the official test part"
-    tree = (f"'{root / 'oxford-iiit-pet'}' with images, annotations/trimaps, annotations/trainval.txt and "
-            ".../test.txt")
-    def read(s): return OxfordIIITPet(root, split=s, target_types="segmentation")
-    train, val = _opened(lambda: [read(s) for s in ("trainval", "test")], root,
-                         "Oxford-IIIT Pet", PET_PAGE, tree)
+    "Oxford-IIIT Pet: pet, background, border (1, 2, 3) become 1, 0, 2; `val` is the official test"
+    tree = (f"'{root / 'oxford-iiit-pet'}' with images, annotations/trimaps, "
+            "annotations/trainval.txt and .../test.txt")
+
+    def make() -> list:
+        kind = "segmentation"
+        return [OxfordIIITPet(root, split=s, target_types=kind) for s in ("trainval", "test")]
+
+    parts = _opened(make, root, "Oxford-IIIT Pet", PET_PAGE, tree)
     table = torch.full((256,), IGNORE, dtype=torch.uint8)
     table[1], table[2], table[3] = 1, 0, 2
-    train, val = ({i.id: i for i in _pairs(part._images, part._segs)} for part in (train, val))
+    train, val = ({i.id: i for i in _pairs(part._images, part._segs)} for part in parts)
     order = [train[s] for s in seeded_order(train, split_seed, "labels")]
-    palette = ((0, 0, 0), (220, 120, 60), (250, 230, 120))
-    return Source("pet", ("background", "pet", "border"), palette, order, [], list(val.values()), table)
+    names, palette = ("background", "pet", "border"), ((0, 0, 0), (220, 120, 60), (250, 230, 120))
+    return Source("pet", names, palette, order, [], list(val.values()), table)
 
 # %% ../nbs/51_catalogue.ipynb #find-source
-def _source(dataset: str, data_root, split_seed: int, ids: list | None, augmented: bool) -> Source:
+def _source(
+    dataset: str, data_root: str | Path | None, split_seed: int, ids: list | None, augmented: bool,
+) -> Source:
     "The files of a data set; raises `UserError` when they are not where they should be"
     if data_root is None:
         raise UserError(f"dataset '{dataset}' needs data_root: give the folder in which it lies.")
@@ -440,7 +458,9 @@ def _source(dataset: str, data_root, split_seed: int, ids: list | None, augmente
     return source
 
 # %% ../nbs/51_catalogue.ipynb #scenes-split
-def _scenes_split(split, size, ids, style, strength):
+def _scenes_split(
+    split: str, size: int | Sequence | None, ids: Sequence | None, style: str, strength: float,
+) -> Labelled:
     one_of(split, SCENES, "split")
     rows = range(len(SCENES[split]))
     if ids is not None:
@@ -464,27 +484,28 @@ def load_task(
     split_seed: Whole = 0,  # which images are labelled
     size: int | Sequence | None = None,  # one number (square) or (H,W); None: the native size
     n_unlabelled: int | None = None,  # None: all others; 0 for a purely supervised run
-    n_tune: int | None = None,  # images set aside for choosing settings; scenes have 200 of their own
-    crop: int | Sequence | None = None,  # train on random crops of this size; evaluation stays whole
+    n_tune: int | None = None,  # images aside for choosing settings; scenes have 200 of their own
+    crop: int | Sequence | None = None,  # train on random crops of this size; evaluate whole images
     stretch: bool = False,  # spread dark images between percentiles (see `read_image`)
-    extra_unlabelled: str | None = None,  # folder: a further split whose images join the unlabelled ones
-    unlabelled_from: str | None = None,  # folder: a further split, unlabelled instead of the rest of train
-    weak_tags: bool = False,  # unlabelled images without tags of their own get them from their masks
-    label_order: str | Path | Sequence | None = None,  # a file, one id a line, or a list: who is labelled
+    extra_unlabelled: str | None = None,  # folder: a further split that joins the unlabelled images
+    unlabelled_from: str | None = None,  # folder: a further split, in place of the rest of train
+    weak_tags: bool = False,  # unlabelled images without own tags get them from their masks
+    label_order: str | Path | Sequence | None = None,  # who is labelled: a list, or a file
     style: str = "photo",  # scenes, portraits: look of all images
     strength: Fraction = 1.0,  # scenes, portraits: how far the style goes
     augmented: bool = True,  # voc: add the images of SBD (10,582 in all)
     memory_limit: NonNegative = 2e9,  # bytes; a larger task is read from disk batch by batch
     copies_allowed: bool = False,  # folder: go on though a validation picture is also trained on
 ) -> Task:
-    "A checked task: labelled, unlabelled, tuning and validation images; raises `UserError` in one sentence"
+    "A checked task: labelled, unlabelled, tuning and validation images; raises `UserError`"
     one_of(dataset, DATASETS, "dataset")
-    further, crop = further_splits(dataset, extra_unlabelled, unlabelled_from), as_size(crop, "crop")
+    further = further_splits(dataset, extra_unlabelled, unlabelled_from)
+    crop = as_size(crop, "crop")
     if dataset == "scenes":
         if label_order is not None:
             raise UserError("label_order lists files: for scenes choose a split_seed instead.")
-        return _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, strength, weak_tags,
-                            crop)
+        return _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, strength,
+                            weak_tags, crop)
     if dataset == "portraits":
         options = dict(n_tune=n_tune, crop=crop, stretch=stretch, weak_tags=weak_tags,
                        label_order=label_order)
@@ -496,10 +517,13 @@ def load_task(
     source = _source(dataset, data_root, split_seed, read_ids(label_order), augmented)
     pool = list(source.pool) if unlabelled_from is None else []
     for split in further: pool += items_of_split(source.folder, split)
-    sets = cut(source.order, pool, n_labelled, n_unlabelled, n_tune, unlabelled_from is not None)
-    task = _build(source, *sets, as_size(size), crop, stretch, weak_tags, memory_limit)
-    if source.folder and not copies_allowed: _check_copies([*sets[0], *sets[1]], [*sets[2], *source.val])
-    if source.folder and source.folder.notes: warnings.warn(" ".join(source.folder.notes), stacklevel=3)
+    labelled, unlabelled, tune = cut(source.order, pool, n_labelled, n_unlabelled, n_tune,
+                                     unlabelled_from is not None)
+    task = _build(source, labelled, unlabelled, tune, as_size(size), crop, stretch, weak_tags,
+                  memory_limit)
+    if not source.folder: return task
+    if not copies_allowed: _check_copies([*labelled, *unlabelled], [*tune, *source.val])
+    if source.folder.notes: warnings.warn(" ".join(source.folder.notes), stacklevel=3)
     return task
 
 # %% ../nbs/51_catalogue.ipynb #load-split
@@ -510,7 +534,7 @@ def load_split(
     split: str = "val",  # scenes, portraits: train, val, tune; folder: its splits; else train, val
     size: int | Sequence | None = None,  # as for `load_task`
     stretch: bool = False,
-    ids: Sequence | None = None,  # only these, e.g. `task.unlabelled.ids` of "train": what was hidden
+    ids: Sequence | None = None,  # only these, e.g. `task.unlabelled.ids` of "train"
     classes: tuple | None = None,  # folder without a list of classes: `task.classes`
     style: str = "photo",
     strength: Fraction = 1.0,
@@ -524,8 +548,8 @@ def load_split(
         if data_root is None:
             raise UserError("dataset 'folder' needs data_root: give the folder in which it lies.")
         folder = Folder(data_root)
-        names = folder.classes or classes
-        source = Source("folder", names, None, list(folder.split(split).values()), [], [], folder=folder)
+        names, items = folder.classes or classes, list(folder.split(split).values())
+        source = Source("folder", names, None, items, [], [], folder=folder)
     else:
         source = _source(dataset, data_root, 0, None, True)
         if one_of(split, ("train", "val"), "split") == "val": source.order = source.val
@@ -538,16 +562,22 @@ def load_split(
     if labelled:
         sizes, histograms = _checked(source, items)
         source.classes = source.classes or source.folder.all_classes
-        for item, histogram in zip(items, histograms): check_values(item, histogram, len(source.classes))
+        for item, histogram in zip(items, histograms):
+            check_values(item, histogram, len(source.classes))
     else: sizes, _ = survey([Item(i.id, i.image) for i in items])
     size, n_classes = _one_size(items, sizes, as_size(size)), len(source.classes or ())
     in_memory = 4 * len(items) * size[0] * size[1] <= memory_limit
     pictures = _pictures(items, size, stretch, source.white)
-    if labelled: return _a_set(items, pictures, in_memory, _masks(items, size, source.table), n_classes)
-    return _a_set(items, pictures, in_memory, tags=_weak_tags(source, items, n_classes, size, False))
+    if labelled:
+        masks = _masks(items, size, source.table)
+        return _a_set(items, pictures, in_memory, masks, n_classes)
+    tags = _weak_tags(source, items, n_classes, size, False)
+    return _a_set(items, pictures, in_memory, tags=tags)
 
 # %% ../nbs/51_catalogue.ipynb #portraits-split
-def _portraits_split(split: str, size, ids: Sequence | None, style: str, strength: float) -> Labelled:
+def _portraits_split(
+    split: str, size: int | Sequence | None, ids: Sequence | None, style: str, strength: float,
+) -> Labelled:
     whole = portraits(split, (as_size(size) or (32, 32))[0], style, strength)
     if ids is None: return whole
     index = torch.tensor([whole.ids.index(one_of(i, whole.ids, "image id")) for i in ids])
@@ -566,32 +596,36 @@ def across(
 
 def joined(*parts: Labelled) -> Labelled:
     "Several labelled sets as one, in memory"
-    def whole(part, name): return getattr(part, name).index_select(0, torch.arange(len(part)))
-    def all_of(name): return torch.cat([whole(p, name) for p in parts])
+    def whole(part: Labelled, name: str) -> Tensor:
+        return getattr(part, name).index_select(0, torch.arange(len(part)))
+
+    def all_of(name: str) -> Tensor: return torch.cat([whole(p, name) for p in parts])
     ids, first = [i for p in parts for i in p.ids], parts[0]
     return Labelled(ids, all_of("images"), all_of("masks"), first.n_classes, first.crop)
 
 # %% ../nbs/51_catalogue.ipynb #load-across
 def load_across(
     dataset: str = "scenes",  # "scenes" | "folder"
-    data_root=None,
+    data_root: str | Path | None = None,
     n_labelled: int = 100,  # of the source
     split_seed: int = 0,
-    size=None,
+    size: int | Sequence | None = None,
     style: str = "inverted",  # scenes: look of the target
     strength: float = 1.0,  # scenes: how far it goes
     target_split: str | None = None,  # folder: split with unlabelled target images
     target_val: str | None = None,  # folder: split of the target with masks
     **more,  # of `load_task`: crop, stretch
 ) -> tuple[Task, Task]:  # the source's own task, and the one across
-    "Source and target of a built-in change of look, or of a folder; raises `UserError` without a target"
+    "Source and target of a built-in change of look, or of a folder; `UserError` without a target"
     one_of(dataset, ("scenes", "folder"), "dataset")
     if dataset == "folder" and not (target_split and target_val):
         raise UserError(f"target_split is {target_split!r} and target_val {target_val!r}, but a "
                         "folder needs both: name its split of unlabelled target images, and its "
                         "split of target images with masks.")
-    shared = dict(data_root=data_root, n_labelled=n_labelled, split_seed=split_seed, size=size, **more)
-    source = load_task(dataset, **shared, **({} if dataset == "scenes" else {"n_unlabelled": 0}))
+    shared = dict(data_root=data_root, n_labelled=n_labelled, split_seed=split_seed, size=size)
+    shared |= more
+    own = {} if dataset == "scenes" else {"n_unlabelled": 0}
+    source = load_task(dataset, **shared, **own)
     if dataset == "scenes":
         if style == "photo" or strength == 0:
             raise UserError(f"style '{style}' at strength {strength} is the source itself: choose "
@@ -599,8 +633,8 @@ def load_across(
         target = load_task(dataset, style=style, strength=strength, **shared)
         return source, across(source, target.unlabelled, target.val, target.tune)
     unlabelled = load_task(dataset, unlabelled_from=target_split, **shared).unlabelled
-    val = load_split(dataset, data_root, target_val, size=source.size, stretch=more.get("stretch", False),
-                     classes=source.classes)
+    val = load_split(dataset, data_root, target_val, size=source.size,
+                     stretch=more.get("stretch", False), classes=source.classes)
     if not isinstance(val, Labelled):
         raise UserError(f"target_val '{target_val}' has images without masks: choose a split that "
                         "has them all.")

@@ -50,10 +50,12 @@ from .supervised import Supervised, jointly
 
 # %% ../nbs/42_cyclegan.ipynb #translator
 def sides_fit(size: tuple, downs: int) -> None:
-    "Raise `UserError` for an image (H,W) that cannot be halved so many times and doubled back to the same size"
-    if any(s % 2**downs or s < 4 * 2**downs for s in size):
-        raise UserError(f"Images of {size[0]}x{size[1]} pixels cannot be halved {downs} time(s) and come back to their "
-                        f"size: take sides that are multiples of {2**downs} and at least {4 * 2**downs}, or fewer downs.")
+    "Raise `UserError` for an image (H,W) that cannot be halved so often and come back to its size"
+    factor = 2**downs
+    if any(s % factor or s < 4 * factor for s in size):
+        raise UserError(f"Images of {size[0]}x{size[1]} pixels cannot be halved {downs} time(s) "
+                        "and come back to their size: take sides that are multiples of "
+                        f"{factor} and at least {4 * factor}, or fewer downs.")
 
 
 def conv_in_relu(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> list:
@@ -69,11 +71,11 @@ class ResBlock(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(*conv_in_relu(c, c), *conv_in_relu(c, c)[:2])
 
-    def forward(self, x): return x + self.layers(x)
+    def forward(self, x: Tensor) -> Tensor: return x + self.layers(x)
 
 # %% ../nbs/42_cyclegan.ipynb #translator-class
 class Translator(nn.Module):
-    "The ResNet generator of CycleGAN: maps of one kind to maps of another, pixel by pixel in the same places"
+    "The ResNet generator of CycleGAN: maps of one kind to maps of another, pixel by pixel"
 
     @checked
     def __init__(
@@ -83,16 +85,23 @@ class Translator(nn.Module):
         ngf: Count = 16,  # channels of the finest level, doubled by every halving; the paper: 64
         blocks: Whole = 3,  # residual blocks; the paper: 9, or 6 at 128 pixels
         downs: Whole = 1,  # halvings of the map; the paper: 2
-        up: Literal["resize", "deconv"] = "resize",  # enlarge, then convolve; or transposed convolution, as in the paper
-        skip: bool = False,  # True: the network says what is added to its input, and starts with nothing
+        up: Literal["resize", "deconv"] = "resize",  # enlarge, then convolve; the paper: "deconv"
+        skip: bool = False,  # True: the network says what to add to its input, at first nothing
     ):
         super().__init__()
         if skip and n_in != n_out:
-            raise UserError(f"skip=True adds {n_out} channels to {n_in}: make them equal, or take skip=False.")
-        self.downs, self.skip, top = downs, skip, ngf * 2**downs
-        def enlarge(c):
-            if up == "resize": return [nn.Upsample(scale_factor=2, mode="nearest"), *conv_in_relu(c, c // 2)]
-            return [nn.ConvTranspose2d(c, c // 2, 3, 2, 1, 1), instance_norm(c // 2), nn.ReLU(inplace=True)]
+            raise UserError(f"skip=True adds {n_out} channels to {n_in}: make them equal, or take "
+                            "skip=False.")
+        self.downs, self.skip = downs, skip
+        top = ngf * 2**downs  # channels of the coarsest level
+
+        def enlarge(c: int) -> list:
+            half = c // 2
+            if up == "resize":
+                return [nn.Upsample(scale_factor=2, mode="nearest"), *conv_in_relu(c, half)]
+            deconv = nn.ConvTranspose2d(c, half, 3, 2, 1, 1)
+            return [deconv, instance_norm(half), nn.ReLU(inplace=True)]
+
         layers = conv_in_relu(n_in, ngf, 7)
         for i in range(downs): layers += conv_in_relu(ngf * 2**i, ngf * 2**(i + 1), 3, 2)
         layers += [ResBlock(top) for _ in range(blocks)]
@@ -124,7 +133,7 @@ def constant_then_linear(
     total: int,
     decay: float = 0.5,  # part of the steps in which the rate falls
 ) -> float:  # in (0,1]
-    "Factor on the learning rate: 1, then a straight line that would reach 0 one step after the last"
+    "Factor on the learning rate: 1, then a straight line to 0, one step after the last"
     falling = round(total * decay)
     return 1 - max(0, step + 1 - (total - falling)) / (falling + 1)
 
@@ -139,14 +148,20 @@ def shift_and_flip(
     "Flip half of the images and shift all by whole pixels, reflected at the border"
     (n, _, h, w), device = x.shape, x.device
     u = clock.rand(stream, n, 3).to(device, non_blocking=True)
-    def places(side, u):
-        far = int(shift * side)
+
+    def places(side: int, u: Tensor) -> Tensor:
+        far, last = int(shift * side), side - 1
         at = torch.arange(side, device=device) + (u[:, None] * (2 * far + 1)).long() - far
-        return side - 1 - ((side - 1) - at.abs()).abs()                    # -1 becomes 1, side becomes side - 2
+        return last - (last - at.abs()).abs()  # -1 becomes 1, side becomes side - 2
+
     rows, columns = places(h, u[:, 0]), places(w, u[:, 1])
     columns = torch.where(u[:, 2:] < 0.5, w - 1 - columns, columns)
     pixel = (rows[:, :, None] * w + columns[:, None, :]).flatten(1)
-    def take(t): return t.flatten(2).gather(2, pixel[:, None].expand(-1, t.shape[1], -1)).view(t.shape)
+
+    def take(t: Tensor) -> Tensor:
+        index = pixel[:, None].expand(-1, t.shape[1], -1)
+        return t.flatten(2).gather(2, index).view(t.shape)
+
     return take(x) if y is None else (take(x), take(y[:, None])[:, 0])
 
 
@@ -169,7 +184,8 @@ def critic_losses(
 
 def adam(lr: float, *nets: nn.Module) -> torch.optim.Optimizer:
     "One Adam for all of these networks, with the betas of the paper"
-    return torch.optim.Adam([p for net in nets for p in net.parameters()], lr=lr, betas=(0.5, 0.999), fused=True)
+    weights = [p for net in nets for p in net.parameters()]
+    return torch.optim.Adam(weights, lr=lr, betas=(0.5, 0.999), fused=True)
 
 # %% ../nbs/42_cyclegan.ipynb #content
 def image_miou(
@@ -179,10 +195,14 @@ def image_miou(
 ) -> Tensor:  # (B): mean IoU of each image, over the classes that it or its prediction shows
     "How well each single image is segmented"
     known = y != IGNORE
-    def hot(t): return F.one_hot(t.clamp(0, n_classes - 1), n_classes).bool() & known[..., None]
+
+    def hot(t: Tensor) -> Tensor:
+        return F.one_hot(t.clamp(0, n_classes - 1), n_classes).bool() & known[..., None]
+
     hot_p, hot_y = hot(labels), hot(y)
-    inside, either = (hot_p & hot_y).sum((1, 2)), (hot_p | hot_y).sum((1, 2))
-    return torch.where(either > 0, inside / either.clamp(min=1), torch.nan).nanmean(1).nan_to_num(0.0)
+    both, either = (hot_p & hot_y).sum((1, 2)), (hot_p | hot_y).sum((1, 2))
+    iou = torch.where(either > 0, both / either.clamp(min=1), torch.nan)
+    return iou.nanmean(1).nan_to_num(0.0)
 
 
 def passing(
@@ -192,11 +212,12 @@ def passing(
 ) -> Labelled:
     "The pairs whose content score is at least this; where fewer than half pass, the better half"
     rows = (score >= min(least, score.median().item())).nonzero()[:, 0]
-    return Labelled([pairs.ids[i] for i in rows], pairs.images[rows], pairs.masks[rows], pairs.n_classes, pairs.crop)
+    ids = [pairs.ids[i] for i in rows]
+    return Labelled(ids, pairs.images[rows], pairs.masks[rows], pairs.n_classes, pairs.crop)
 
 # %% ../nbs/42_cyclegan.ipynb #cyclegan
 class CycleGAN(Method):
-    "Source images are `task.labelled`, target images `task.unlabelled`; masks guard the content at most"
+    "Between the looks of the source, `task.labelled`, and of the target, `task.unlabelled`"
     title, paper = "CycleGAN, translators", "arXiv 1703.10593"
     alone = False  # a stage of the recipe, no segmenter
 
@@ -204,12 +225,12 @@ class CycleGAN(Method):
     def __init__(
         self,
         task: Task,  # source images labelled, target images unlabelled, see `across`
-        segmenter: nn.Module | None = None,  # trained on the source; a frozen copy is kept, for `predict` and `semantic`
+        segmenter: nn.Module | None = None,  # of the source; a frozen copy of it is kept
         *,
         cycle: NonNegative = 10.0,  # lambda
         identity: NonNegative = 0.5,  # lambda_id, relative to `cycle`
         semantic: NonNegative = 0.0,  # weight of keeping what the segmenter sees
-        noise: NonNegative = 0.0,  # deviation of the noise on a translation before it goes back, in units of [-1,1]
+        noise: NonNegative = 0.0,  # deviation of the noise on a translation before it goes back
         translator: Mapping = {},  # of both `Translator`s: ngf, blocks, downs, up, skip
         critic: Mapping = {},  # of both `PatchDiscriminator`s: ndf, n_layers, norm
         pool: Whole = 50,  # translations that are kept for the discriminators
@@ -219,7 +240,8 @@ class CycleGAN(Method):
     ):
         super().__init__()
         if semantic and segmenter is None:
-            raise UserError(f"semantic is {semantic}, but there is no segmenter: give one, or semantic=0.")
+            raise UserError(f"semantic is {semantic}, but there is no segmenter: give one, or "
+                            "semantic=0.")
         self.cycle, self.identity, self.semantic, self.noise = cycle, identity, semantic, noise
         self.translator, self.critic = translator, critic
         self.pool, self.shift, self.lr, self.decay = pool, shift, lr, decay
@@ -230,35 +252,45 @@ class CycleGAN(Method):
         large_enough(size, self.D_B.n_layers, 3 * 2**self.D_B.n_layers)
         self.pool_B, self.pool_A = Pool(pool, (3, *size)), Pool(pool, (3, *size))
         self.segmenter = None if segmenter is None else frozen(copy.deepcopy(segmenter))
-        self.optimisers = {"translators": adam(lr, self.G, self.F), "discriminators": adam(lr, self.D_B, self.D_A)}
+        self.optimisers = {"translators": adam(lr, self.G, self.F),
+                           "discriminators": adam(lr, self.D_B, self.D_A)}
 
     def updates(self, lab, unl, clock):
-        lam, same = self.cycle, self.cycle * self.identity > 0
+        lam, lam_id = self.cycle, self.cycle * self.identity
         a, y = shift_and_flip(lab["image"] * 2 - 1, clock, "source", self.shift, lab["mask"])
         b = shift_and_flip(unl["image"] * 2 - 1, clock, "target", self.shift)
 
-        fake_b, *same_b = jointly(self.G, a, b) if same else [self.G(a)]   # instance norm: G of two is G of each
-        fake_a, *same_a = jointly(self.F, b, a) if same else [self.F(b)]
+        if lam_id:  # instance norm: G of two is G of each
+            fake_b, same_b = jointly(self.G, a, b)
+            fake_a, same_a = jointly(self.F, b, a)
+        else: fake_b, fake_a = self.G(a), self.F(b)
         back_a = self.F(add_noise(fake_b, self.noise, clock, "noise B"))
         back_b = self.G(add_noise(fake_a, self.noise, clock, "noise A"))
-        losses = {"fool B": lsgan(answer(self.D_B, fake_b), REAL), "fool A": lsgan(answer(self.D_A, fake_a), REAL),
+        losses = {"fool B": lsgan(answer(self.D_B, fake_b), REAL),
+                  "fool A": lsgan(answer(self.D_A, fake_a), REAL),
                   "cycle A": lam * F.l1_loss(back_a, a), "cycle B": lam * F.l1_loss(back_b, b)}
-        if same:
-            losses["identity A"] = lam * self.identity * F.l1_loss(same_a[0], a)
-            losses["identity B"] = lam * self.identity * F.l1_loss(same_b[0], b)
-        if self.semantic: losses["semantic"] = self.semantic * cross_entropy(self.segmenter((back_a + 1) / 2), y)
-        yield "translators", losses, {"change A": (fake_b - a).abs().mean(), "change B": (fake_a - b).abs().mean()}
+        if lam_id:
+            losses["identity A"] = lam_id * F.l1_loss(same_a, a)
+            losses["identity B"] = lam_id * F.l1_loss(same_b, b)
+        if self.semantic:
+            z = self.segmenter((back_a + 1) / 2)
+            losses["semantic"] = self.semantic * cross_entropy(z, y)
+        change = {"change A": (fake_b - a).abs().mean(), "change B": (fake_a - b).abs().mean()}
+        yield "translators", losses, change
 
-        old_b, old_a = self.pool_B(fake_b, clock.rng("pool B")), self.pool_A(fake_a, clock.rng("pool A"))
-        yield "discriminators", {**critic_losses(self.D_B, b, old_b, "B"), **critic_losses(self.D_A, a, old_a, "A")}
+        old_b = self.pool_B(fake_b, clock.rng("pool B"))
+        old_a = self.pool_A(fake_a, clock.rng("pool A"))
+        on_b = critic_losses(self.D_B, b, old_b, "B")
+        yield "discriminators", {**on_b, **critic_losses(self.D_A, a, old_a, "A")}
 
     def lr_factor(self, clock): return constant_then_linear(clock.step, clock.total, self.decay)
-    def to_target(self, x): return translation(self.G, x)
-    def to_source(self, x): return translation(self.F, x)
+    def to_target(self, x: Tensor) -> Tensor: return translation(self.G, x)
+    def to_source(self, x: Tensor) -> Tensor: return translation(self.F, x)
 
     def predict(self, x):
         if self.segmenter is None:
-            raise UserError("This CycleGAN has no segmenter to predict with: give one, or train with eval_on=False.")
+            raise UserError("This CycleGAN has no segmenter to predict with: give one, or train "
+                            "with eval_on=False.")
         return self.segmenter(self.to_source(x))
 
     @torch.no_grad()
@@ -266,20 +298,23 @@ class CycleGAN(Method):
         self,
         labelled: Labelled,  # source images and their masks
         batch_size: int = 64,
-    ) -> tuple[Labelled, Tensor]:  # the pairs (G(a), y), and their content scores (N), NaN without a segmenter
-        "Labelled images in the target's look, their masks untouched; and how well the masks are found there and back"
-        was, images, masks, scores = self.training, [], [], []
+    ) -> tuple[Labelled, Tensor]:  # pairs (G(a), y); content scores (N), NaN without a segmenter
+        "Labelled images in the target's look, and how well their masks are found there and back"
+        was, n_classes = self.training, labelled.n_classes
+        images, masks, scores = [], [], []
         self.eval()
         for batch in one_pass(labelled, batch_size, self.device):
             x, y = batch["image"], batch["mask"]
             there = self.to_target(x)
             images.append((there * 255).round().clamp(0, 255).to(torch.uint8).cpu())
             masks.append(y.to(torch.uint8).cpu())
-            if self.segmenter is None: scores.append(torch.full((len(x),), torch.nan))
-            else: scores.append(image_miou(self.predict(there).argmax(1), y, labelled.n_classes).cpu())
+            if self.segmenter is None: score = torch.full((len(x),), torch.nan)
+            else: score = image_miou(self.predict(there).argmax(1), y, n_classes).cpu()
+            scores.append(score)
         self.train(was)
         ids = [f"translated/{i}" for i in labelled.ids]
-        return Labelled(ids, torch.cat(images), torch.cat(masks), labelled.n_classes, labelled.crop), torch.cat(scores)
+        pairs = Labelled(ids, torch.cat(images), torch.cat(masks), n_classes, labelled.crop)
+        return pairs, torch.cat(scores)
 
 # %% ../nbs/42_cyclegan.ipynb #recipe
 class PairSegmenter(Supervised):
@@ -304,14 +339,15 @@ def cyclegan(
     oracle: Labelled | None = None,  # target images with masks; only a ruler learns from them
     gan: Mapping = {},  # settings of `CycleGAN`
 ):
-    "A segmenter on the source, translators between the looks, a segmenter on the pairs that pass the content check"
+    "A segmenter on the source, translators between looks, a segmenter on pairs that keep content"
     for name in gan: one_of(name, defaults_of(CycleGAN), "setting of CycleGAN")
     first = yield Stage("source", Supervised(copy.deepcopy(net), task, views=views), steps)
     if oracle is not None:
         known = replace(task, labelled=oracle)
         yield Stage("oracle", Supervised(copy.deepcopy(net), known, views=views), steps, known)
-    translators = CycleGAN(task, first.ema.net, **gan)
-    translators = yield Stage("translation", translators, translation_steps, batch_size=translation_batch)
-    made = passing(*translators.pairs(task.labelled), least)
-    there = replace(task, labelled=joined(task.labelled, made) if both else made)
-    return (yield Stage("segmenter", PairSegmenter(net, there, views=views), steps, there, scored=True))
+    translators = yield Stage("translation", CycleGAN(task, first.ema.net, **gan),
+                              translation_steps, batch_size=translation_batch)
+    pairs = passing(*translators.pairs(task.labelled), least)
+    there = replace(task, labelled=joined(task.labelled, pairs) if both else pairs)
+    last = PairSegmenter(net, there, views=views)
+    return (yield Stage("segmenter", last, steps, there, scored=True))

@@ -10,7 +10,7 @@ __all__ = ['as_size', 'Files', 'file_digest', 'content_hash', 'image_tags', 'Ima
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -38,20 +38,20 @@ def as_size(
 
 # %% ../nbs/02_data.ipynb #files
 class Files:
-    "Pictures read from disk when asked for: in the place of a uint8 tensor that would not fit in memory"
+    "Pictures read from disk on demand: in the place of a uint8 tensor too large for the memory"
 
     def __init__(
         self,
         paths: Sequence,  # one file for each image
         read: Callable,  # path -> uint8 tensor
         shape: tuple,  # shape of what `read` returns
-        how: str = "",  # what else decides about the tensors, in words: it belongs to the fingerprint
+        how: str = "",  # what else decides about the tensors: part of the fingerprint
     ):
         self.paths, self.read, self.how = list(paths), read, how
         self.shape = torch.Size((len(self.paths), *shape))
         self._fingerprint = None
 
-    def __len__(self): return len(self.paths)
+    def __len__(self) -> int: return len(self.paths)
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         "The chosen pictures, stacked; `dim` is always 0"
@@ -61,13 +61,13 @@ class Files:
     def in_memory(self) -> Tensor:
         "Decode every file once"
         out = torch.empty(self.shape, dtype=torch.uint8)
-        def fill(i): out[i] = self.read(self.paths[i])
+        def fill(i: int) -> None: out[i] = self.read(self.paths[i])
         with ThreadPoolExecutor() as pool: list(pool.map(fill, range(len(self))))
-        self.fingerprint()  # now that the files are in the system's memory, and still those that were decoded
+        self.fingerprint()  # now, while the files are in the system's memory, and unchanged
         return out
 
     def fingerprint(self) -> str:
-        "Hex digits that change with the bytes of any file, their order, and the way of reading; found once"
+        "Hex digits that change with any file's bytes, their order, the way of reading; found once"
         if self._fingerprint is None:
             with ThreadPoolExecutor() as pool: digests = list(pool.map(file_digest, self.paths))
             self._fingerprint = content_hash(self.how, tuple(self.shape), *digests)
@@ -113,7 +113,8 @@ def image_tags(
 
 def _check_pixels(x: Tensor | Files, what: str, n: int, shape: str) -> None:
     "Raise `UserError` unless there is one uint8 picture for each of the `n` names"
-    remedy = "x.byte() for class ids" if what == "masks" else "(255 * x).round().byte() for floats in [0,1]"
+    remedy = {"masks": "x.byte() for class ids",
+              "images": "(255 * x).round().byte() for floats in [0,1]"}[what]
     if not isinstance(x, (Tensor, Files)):
         raise UserError(f"{what} are of the kind {type(x).__name__}, but should be a uint8 tensor "
                         f"{shape} or `Files`.")
@@ -127,15 +128,15 @@ def _check_pixels(x: Tensor | Files, what: str, n: int, shape: str) -> None:
 
 # %% ../nbs/02_data.ipynb #image-set
 class Images(Dataset):
-    "Images without masks: `ds[i]` is one sample, `ds.__getitems__([3, 5])` a whole batch of uint8 tensors"
+    "Images without masks: `ds[i]` is one sample, `ds.__getitems__([3, 5])` a batch, as uint8"
 
     def __init__(
         self,
         ids: Sequence,  # one name for each image
         images: Tensor | Files,  # uint8 (N,3,H,W)
-        tags: Tensor | None = None,  # float32 (N,C) image-level labels; a row of zeros where nothing is known
-        crop: int | Sequence | None = None,  # (H,W) of the random crops that `loader` draws for training
-        files: tuple = (),  # the `Files` from which a set in memory was decoded: they are what it is known by
+        tags: Tensor | None = None,  # float32 (N,C) image-level labels; a row of zeros: unknown
+        crop: int | Sequence | None = None,  # (H,W) of `loader`'s random crops
+        files: tuple = (),  # the `Files` that a set in memory was decoded from: its fingerprint
     ):
         self.ids, self.images, self.tags = tuple(ids), images, tags
         self.crop, self.files = as_size(crop, "crop"), files
@@ -159,7 +160,7 @@ class Images(Dataset):
     def _content(self) -> tuple:
         return *(self.files or [self.images]), "" if self.tags is None else self.tags
 
-    def __len__(self): return len(self.ids)
+    def __len__(self) -> int: return len(self.ids)
 
     def __getitems__(self, index: Sequence) -> dict:
         "A batch, fetched at once"
@@ -171,7 +172,8 @@ class Images(Dataset):
     def __getitem__(self, i: int) -> dict:
         if not -len(self) <= i < len(self): raise IndexError(f"image {i} of {len(self)}")
         i = i % len(self)
-        return {**{k: v[0] for k, v in self.__getitems__([i]).items()}, "index": i}
+        sample = {k: v[0] for k, v in self.__getitems__([i]).items()}
+        return {**sample, "index": i}
 
 # %% ../nbs/02_data.ipynb #labelled
 class Labelled(Images):
@@ -183,7 +185,7 @@ class Labelled(Images):
         images: Tensor | Files,  # uint8 (N,3,H,W)
         masks: Tensor | Files,  # uint8 (N,H,W): class ids, 255 unknown
         n_classes: int,
-        crop: int | Sequence | None = None,  # (H,W) of the random crops that `loader` draws for training
+        crop: int | Sequence | None = None,  # (H,W) of `loader`'s random crops
         files: tuple = (),  # the `Files` of images and masks from which a set in memory was decoded
     ):
         super().__init__(ids, images, None, crop, files)
@@ -221,7 +223,7 @@ class Task:
     labelled: Labelled
     unlabelled: Images  # never `Labelled`: a mask cannot leak from what has none
     val: Labelled  # what is reported
-    tune: Labelled | None = None  # for choosing policies and settings: neither trained on nor reported
+    tune: Labelled | None = None  # for choosing settings: neither trained on nor reported
     size: tuple = field(init=False)  # (H,W) of the training images
     mean: tuple = field(init=False)  # RGB mean of the training images, in [0,1]
     split_id: str = field(init=False)  # short hash of who is where, and of the size
@@ -238,7 +240,7 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        "Sixteen hex digits that change with any byte of images, masks and tags, and with their order"
+        "Sixteen hex digits that change with any byte of images, masks, tags, and with their order"
         sets = (self.labelled, self.unlabelled, self.val, self.tune)
         return content_hash(*(s.fingerprint if s else "" for s in sets))
 
@@ -284,12 +286,12 @@ def _check_sets(task: Task) -> None:
 
 # %% ../nbs/02_data.ipynb #image-mean
 def image_mean(
-    *datasets,  # `Images`
-    at_most: int = 500,  # of a set of more than `large` bytes only so many images are read, evenly spread
+    *datasets: Images,
+    at_most: int = 500,  # images that are read of a set of more than `large` bytes, evenly spread
     large: float = 2e9,  # on disk or in memory: the mean may not depend on where a set lies
 ) -> tuple:  # three floats in [0,1]
     "RGB mean over the images of all sets"
-    def sums(ds, part):
+    def sums(ds: Images, part: Tensor) -> tuple[Tensor, int]:
         x = ds.images.index_select(0, part)
         return x.sum((0, 2, 3), dtype=torch.int64), x[:, 0].numel()
 
@@ -330,7 +332,8 @@ class Stream(Sampler):
     def _permutation(self, e: int) -> list:
         if e not in self._known:
             self._known = {k: v for k, v in self._known.items() if k == e - 1}
-            self._known[e] = torch.randperm(self.n, generator=generator(self.seed, "stream", e)).tolist()
+            rng = generator(self.seed, "stream", e)
+            self._known[e] = torch.randperm(self.n, generator=rng).tolist()
         return self._known[e]
 
     def batch(self, k: int) -> list:
@@ -346,20 +349,23 @@ class Stream(Sampler):
             k += 1
 
 # %% ../nbs/02_data.ipynb #fetch
-def _identity(batch): return batch
+def _identity(batch: dict) -> dict: return batch
 
 
-def _fetch(dataset: Images, indices, workers: int, device) -> Iterator:
+def _fetch(
+    dataset: Images, indices: Iterable, workers: int, device: str | torch.device | None,
+) -> Iterator:
     "Batches of uint8 tensors: one `index_select` each for a set in memory, else read by workers"
     if not dataset.on_disk: return map(dataset.__getitems__, indices)
     own = torch.Generator()  # else a loader takes a number from the global one; none in memory does
-    return _from_disk(DataLoader(dataset, batch_sampler=indices, num_workers=workers, collate_fn=_identity,
-                                 pin_memory=torch.device(device or "cpu").type == "cuda", generator=own))
+    pinned = torch.device(device or "cpu").type == "cuda"
+    return _from_disk(DataLoader(dataset, batch_sampler=indices, num_workers=workers,
+                                 collate_fn=_identity, pin_memory=pinned, generator=own))
 
 
 def _from_disk(batches: DataLoader) -> Iterator:
     try: yield from batches
-    except UserError as e:  # a worker wraps the sentence into its traceback; hand on the sentence alone
+    except UserError as e:  # a worker wraps the sentence into its traceback: hand on that alone
         last = str(e).rstrip().splitlines()[-1]
         raise UserError(last.removeprefix("semiseg_nb.core.UserError: ")) from None
 
@@ -374,8 +380,8 @@ def random_crop(
     top, left = (corner * torch.tensor([H - crop[0] + 1, W - crop[1] + 1])).long().unbind(1)
     rows, columns = top[:, None] + torch.arange(crop[0]), left[:, None] + torch.arange(crop[1])
     pixel = (rows[:, :, None] * W + columns[:, None, :]).flatten(1)
-    out = dict(batch)
-    out["image"] = batch["image"].flatten(2).gather(2, pixel[:, None].expand(-1, 3, -1)).unflatten(2, crop)
+    out, in_colour = dict(batch), pixel[:, None].expand(-1, 3, -1)
+    out["image"] = batch["image"].flatten(2).gather(2, in_colour).unflatten(2, crop)
     if "mask" in batch: out["mask"] = batch["mask"].flatten(1).gather(1, pixel).unflatten(1, crop)
     return out
 
@@ -415,7 +421,13 @@ def loader(
     return _batches(dataset, stream, workers, device, crop)
 
 
-def _batches(dataset: Images, stream: Stream, workers: int, device, crop: tuple | None) -> Iterator:
+def _batches(
+    dataset: Images,
+    stream: Stream,
+    workers: int,
+    device: str | torch.device | None,
+    crop: tuple | None,
+) -> Iterator:
     fetched = _fetch(dataset, stream, workers, device)
     part = stream.batch_size // stream.world
     for k, batch in enumerate(fetched, stream.start):
@@ -436,4 +448,5 @@ def one_pass(
     "Every image once, in order, whole: what evaluation reads"
     index = list(range(len(dataset)))
     parts = [index[i:i + batch_size] for i in range(0, len(dataset), batch_size)]
-    for batch in _fetch(dataset, parts[rank::world], workers, device): yield to_device(batch, device)
+    own = parts[rank::world]
+    for batch in _fetch(dataset, own, workers, device): yield to_device(batch, device)

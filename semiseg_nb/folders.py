@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'SHARP', 'BLURRED', 'LITTER', 'LAYOUTS', 'INFO', 'KINDS', 'one_form', 'files_by_stem', 'seeded_order',
-           'class_palette', 'read_text', 'read_ids', 'Folder', 'folder_parts', 'by_label_order', 'items_of_split',
-           'further_splits', 'cut', 'Report', 'copies', 'check_folder']
+           'class_palette', 'read_text', 'text_lines', 'read_ids', 'Folder', 'folder_parts', 'by_label_order',
+           'items_of_split', 'further_splits', 'cut', 'Report', 'copies', 'check_folder']
 
 # %% ../nbs/50_folders.ipynb #imports
 import difflib
@@ -13,7 +13,7 @@ import re
 import reprlib
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,8 +46,8 @@ PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 SHARP = {".png", ".bmp", ".tif", ".tiff", ".gif"}  # formats that keep a mask's values
 BLURRED = {".jpg", ".jpeg", ".webp"}
 LITTER = {"thumbs.db", "desktop.ini"}  # what file managers leave behind
-LAYOUTS = ("images/ and masks/ with files of the same names, or images/train, images/val and masks/train, "
-           "masks/val, and perhaps further folders beside train and val")
+LAYOUTS = ("images/ and masks/ with files of the same names, or images/train, images/val and "
+           "masks/train, masks/val, and perhaps further folders beside train and val")
 
 
 def one_form(name: str) -> str:
@@ -64,14 +64,15 @@ def _listed(folder: Path) -> list:
 
 
 def _sort_out(folder: Path, endings: set) -> tuple:
-    "(stem -> file, reason -> files that are not used); raises `UserError` when two files share a stem"
+    "(stem -> file, reason -> files without use); raises `UserError` when two files share a stem"
     found, unused = {}, {}
     for path in _listed(folder):
         ending, stem = path.suffix.lower(), one_form(path.stem)
         if path.is_dir():
             reason = f"lie in the folder '{path.name}', and only '{folder.name}' itself is read"
             unused.setdefault(reason, []).extend(p for p in path.rglob("*") if p.is_file())
-        elif not path.exists(): unused.setdefault("are links to files that do not exist", []).append(path)
+        elif not path.exists():
+            unused.setdefault("are links to files that do not exist", []).append(path)
         elif ending not in endings:
             unused.setdefault(f"have the ending '{ending}', which is not read", []).append(path)
         elif stem in found:
@@ -85,58 +86,67 @@ def files_by_stem(
     folder: Path,
     endings: set,  # in small letters, with their dot
 ) -> dict:  # stem -> file
-    "The files of a folder that have one of the endings; raises `UserError` when two files share a stem"
+    "The files of a folder with one of the endings; raises `UserError` when two share a stem"
     return _sort_out(folder, endings)[0]
 
 # %% ../nbs/50_folders.ipynb #stems-2
 def seeded_order(
-    names,  # in whatever order
+    names: Iterable,  # in whatever order
     seed: int,
     *stream: str,  # as for `generator`
 ) -> list:
     "The names in an order that depends only on the set of names, the seed and the stream"
     names = sorted(names)
-    return [names[i] for i in torch.randperm(len(names), generator=generator(seed, *stream)).tolist()]
+    order = torch.randperm(len(names), generator=generator(seed, *stream))
+    return [names[i] for i in order.tolist()]
 
 
 def class_palette(n: int) -> tuple:
-    "n well separated colours, class 0 black: the class number's bits spread over R, G, B, as in Pascal VOC"
-    def colour(c): return tuple(sum(((c >> (3 * j + k)) & 1) << (7 - j) for j in range(3)) for k in range(3))
-    return tuple(colour(c) for c in range(n))
+    "n colours far apart, class 0 black: the number's bits spread over R, G, B, as in Pascal VOC"
+    def channel(c: int, k: int) -> int:  # bits k, k+3, k+6 of the number, as the highest three
+        return sum(((c >> (3 * j + k)) & 1) << (7 - j) for j in range(3))
+
+    return tuple(tuple(channel(c, k) for k in range(3)) for c in range(n))
 
 # %% ../nbs/50_folders.ipynb #read-text
 def read_text(path: str | Path) -> str:
-    "A text file in UTF-8, with or without the mark that Windows puts at its front; raises `UserError`"
+    "A text file in UTF-8, with or without Windows' mark at its front; raises `UserError`"
     try: return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"'{path}' is no text in UTF-8: save it as UTF-8, or remove it.") from None
     except OSError as e: raise unreadable(path, e) from None
 
 
+def text_lines(path: str | Path) -> list:
+    "The lines of a text file, without those that are empty"
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
 def read_ids(
-    label_order: Sequence | str | Path | None,  # a list, or a file with one id a line, or with a JSON list
+    label_order: Sequence | str | Path | None,  # a list, or a file: one id a line, or a JSON list
 ) -> list | None:
     "The ids in the order in which they get labels; raises `UserError` naming the file"
     if label_order is None: return None
     if isinstance(label_order, (str, Path)):
         path = Path(label_order)
         if not path.is_file():
-            raise UserError(f"label_order '{path}' does not exist: give a text file with one id a line.")
+            raise UserError(f"label_order '{path}' does not exist: give a text file with one id a "
+                            "line.")
         if path.suffix.lower() == ".json":
             label_order = read_json(path, "list of names", "repair it, or remove it")
-        else: label_order = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        else: label_order = text_lines(path)
         if not isinstance(label_order, list) or not all(isinstance(i, str) for i in label_order):
-            raise UserError(f"'{path}' should hold a JSON list of ids, [\"a\", \"b\", ...], or be a text "
-                            "file with one id a line.")
+            raise UserError(f"'{path}' should hold a JSON list of ids, [\"a\", \"b\", ...], or be "
+                            "a text file with one id a line.")
     if not isinstance(label_order, (list, tuple)):
-        raise UserError(f"label_order is {reprlib.repr(label_order)}: give a list of ids, or a text file "
-                        "with one a line.")
+        raise UserError(f"label_order is {reprlib.repr(label_order)}: give a list of ids, or a "
+                        "text file with one a line.")
     return [one_form(str(i)) for i in label_order]
 
 # %% ../nbs/50_folders.ipynb #read-folder
 INFO = {  # entries of dataset.json that are used: their kind, and the kind of the values inside
-    "name": (str, None), "classes": (list, None), "loading_hint": (str, None), "label_order": (dict, list),
-    "weak_labels": (dict, None)}
+    "name": (str, None), "classes": (list, None), "loading_hint": (str, None),
+    "label_order": (dict, list), "weak_labels": (dict, None)}
 KINDS = {str: "text", list: "a list", dict: "an object {...}"}
 
 
@@ -148,16 +158,17 @@ def _read_info(root: Path) -> dict:
     if not isinstance(info, dict):
         raise UserError(f"'{path}' is not valid JSON of a data set: write an object {{...}}, or "
                         "remove the file and the classes are inferred.")
-    for name, (kind, inner) in INFO.items():
-        value = info.get(name)
-        if name in info and not isinstance(value, kind):
-            raise UserError(f"'{path}' gives {name} as {reprlib.repr(value)}, but it should be "
-                            f"{KINDS[kind]}.")
+    for field_name, (kind, inner) in INFO.items():
+        value = info.get(field_name)
+        if field_name in info and not isinstance(value, kind):
+            raise UserError(f"'{path}' gives {field_name} as {reprlib.repr(value)}, but it should "
+                            f"be {KINDS[kind]}.")
         for key, entry in value.items() if inner and value else ():
             if not isinstance(entry, inner):
-                raise UserError(f"'{path}' gives '{key}' the {name} {reprlib.repr(entry)}: write "
-                                "a list.")
-    if not re.fullmatch(r"[^/\\\x00-\x1f]{1,80}", info.get("name", "x")) or info.get("name") in (".", ".."):
+                raise UserError(f"'{path}' gives '{key}' the {field_name} {reprlib.repr(entry)}: "
+                                "write a list.")
+    name = info.get("name", "x")
+    if not re.fullmatch(r"[^/\\\x00-\x1f]{1,80}", name) or name in (".", ".."):
         raise UserError(f"'{path}' gives the name {reprlib.repr(info['name'])}: choose at most 80 "
                         "letters, no slash.")
     return info
@@ -178,7 +189,8 @@ def _read_classes(root: Path, info: dict) -> tuple:
         path, palette = root / "dataset.json", list(class_palette(len(info["classes"])))
         for i, row in enumerate(info["classes"]):
             row = {"name": row} if isinstance(row, str) else row
-            if not isinstance(row, dict) or type(row.get("id", i)) is not int or row.get("id", i) != i:
+            number = row.get("id", i) if isinstance(row, dict) else None
+            if type(number) is not int or number != i:
                 raise UserError(f"'{path}' must list its classes in the order of their ids 0, 1, "
                                 "2, ..., as names or as {\"id\": 0, \"name\": \"sky\"}; entry "
                                 f"{i} is {reprlib.repr(row)}.")
@@ -188,7 +200,7 @@ def _read_classes(root: Path, info: dict) -> tuple:
                 raise UserError(f"'{path}' gives class {i} the color "
                                 f"{reprlib.repr(row['color'])}: write [red, green, blue] with "
                                 "values 0 to 255, or \"#rrggbb\".")
-    elif path.exists(): names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    elif path.exists(): names = text_lines(path)
     else: return None, None
     wrong = next((n for n in names if not isinstance(n, str) or not n.strip() or len(n) > 80), None)
     if wrong is not None:
@@ -205,18 +217,19 @@ def _read_classes(root: Path, info: dict) -> tuple:
 # %% ../nbs/50_folders.ipynb #read-split
 def _notes(folder: Path, unused: dict) -> list:
     "One sentence for each reason why files are not used"
-    return [f"{len(files)} file(s) in '{folder}' are not used: they {why} (the first is '{files[0].name}')."
-            for why, files in unused.items() if files]
+    return [f"{len(files)} file(s) in '{folder}' are not used: they {why} "
+            f"(the first is '{files[0].name}')." for why, files in unused.items() if files]
 
 
-def _read_split(root: Path, split: str, wrong, notes: list) -> dict:
-    "stem -> `Item` of one split; `wrong` is told of each mask without image, `notes` of what is not used"
+def _read_split(root: Path, split: str, wrong: Callable, notes: list) -> dict:
+    "stem -> `Item` of one split; `wrong` hears of masks without image, `notes` of unused files"
     images, unused = _sort_out(root / "images" / split, PICTURES)
     masks, also = _sort_out(root / "masks" / split, SHARP | BLURRED)
     notes += _notes(root / "images" / split, unused) + _notes(root / "masks" / split, also)
     for stem, path in masks.items():
         if path.suffix.lower() in BLURRED:
-            wrong(f"Mask '{path}' is a JPEG or WebP file, which blurs class ids at borders: save it as PNG.")
+            wrong(f"Mask '{path}' is a JPEG or WebP file, which blurs class ids at borders: save "
+                  "it as PNG.")
         if stem not in images:
             near = difflib.get_close_matches(stem, images, n=1)
             guess = f" (is it the mask of '{images[near[0]].name}'?)" if near else ""
@@ -225,7 +238,7 @@ def _read_split(root: Path, split: str, wrong, notes: list) -> dict:
 
 
 def _find_root(root: str | Path) -> Path:
-    "The folder that holds 'images'; raises `UserError` that says what was found and which layouts are known"
+    "The folder that holds 'images'; raises `UserError` with what is there, and the known layouts"
     path = Path(str(root))
     if not path.exists():
         raise UserError(f"data_root '{root}' does not exist: give the folder that holds 'images' "
@@ -264,7 +277,8 @@ class Folder:
             raise UserError(f"'{images}' has the folders {', '.join(folders)}, but none called "
                             "'train': name the training images so, or put all images into "
                             f"images/ itself; known layouts are {LAYOUTS}.")
-        self.splits = {s: _read_split(self.root, s, self._wrong, self.notes) for s in folders or [""]}
+        self.splits = {s: _read_split(self.root, s, self._wrong, self.notes)
+                       for s in folders or [""]}
         for place in (images, masks) if folders else ():
             loose = [p for p in _listed(place) if not p.is_dir()]
             self.notes += _notes(place, {"lie beside the folders of the splits": loose})
@@ -277,7 +291,9 @@ class Folder:
         self.problems.append(sentence)
 
     @property
-    def items(self) -> list: return [i for split in self.splits.values() for i in split.values()]
+    def items(self) -> list:
+        "The `Item`s of all splits"
+        return [i for split in self.splits.values() for i in split.values()]
 
     @property
     def lost_masks(self) -> str | None:
@@ -285,24 +301,25 @@ class Folder:
         if (self.root / "masks").is_dir(): return None
         others = [p.name for p in _listed(self.root) if p.is_dir() and p.name != "images"]
         found = f", only images, {', '.join(others[:5])}" if others else ""
-        return (f"'{self.root}' has no folder 'masks'{found}: name the folder of the masks so; known layouts "
-                f"are {LAYOUTS}.")
+        return (f"'{self.root}' has no folder 'masks'{found}: name the folder of the masks so; "
+                f"known layouts are {LAYOUTS}.")
 
     @cached_property
     def all_classes(self) -> tuple:
-        "The names that are given, or else one for each value up to the largest in any mask of the folder"
+        "The names in the folder, or else one for each value up to the largest in any mask"
         if self.classes: return self.classes
         items = [i for i in self.items if i.mask]
-        def look(item): return histogram_of(read_mask(item.mask))
+        def look(item: Item) -> Tensor: return histogram_of(read_mask(item.mask))
         with ThreadPoolExecutor() as pool: found = list(pool.map(look, items))
         return check_masks(items, found, None) if items else ()
 
     @cached_property
     def white(self) -> float | None:
         "The value that is white in all images of more than 8 bits; None where there are none"
-        with ThreadPoolExecutor() as pool: peaks = list(pool.map(_peak, (i.image for i in self.items)))
-        peaks = [p for p in peaks if p]
-        return white_of(max(p for p, _ in peaks), all(f for _, f in peaks)) if peaks else None
+        paths = [i.image for i in self.items]
+        with ThreadPoolExecutor() as pool: peaks = [p for p in pool.map(_peak, paths) if p]
+        if not peaks: return None
+        return white_of(max(p for p, _ in peaks), all(floats for _, floats in peaks))
 
     def split(self, name: str) -> dict:
         "stem -> `Item` of a split; raises `UserError` that lists the splits"
@@ -311,7 +328,7 @@ class Folder:
 
 
 def _peak(path: Path) -> tuple | None:
-    "(largest value, are they floats?) of an image of more than 8 bits; None for others, and for broken files"
+    "(largest value, are they floats?) of an image of more than 8 bits; None for any other file"
     try:
         with Image.open(path) as picture:
             if not is_deep(picture): return None
@@ -362,9 +379,10 @@ def folder_parts(
         val = {s: train[s] for s in sorted(fifth)}
     held = {i.id for i in val.values()}
     free = {s: i for s, i in train.items() if i.id not in held}
-    order = [s for s in _label_order(folder, split_seed, [s for s in masked if s in free]) if s in free]
-    listed = set(order)
-    return [free[s] for s in order], [i for s, i in free.items() if s not in listed], list(val.values())
+    order = _label_order(folder, split_seed, [s for s in masked if s in free])
+    labels = {s: free[s] for s in order if s in free}
+    rest = [i for s, i in free.items() if s not in labels]
+    return list(labels.values()), rest, list(val.values())
 
 
 def by_label_order(
@@ -376,10 +394,11 @@ def by_label_order(
     known = {one_form(key): item for item in items for key in (item.image.stem, item.id)}
     lost = next((i for i in ids if i not in known), None)
     if lost is not None:
-        raise UserError(f"label_order names '{reprlib.repr(lost)[1:-1]}', but {name} has no such training "
-                        "image: correct the list.")
+        raise UserError(f"label_order names '{reprlib.repr(lost)[1:-1]}', but {name} has no such "
+                        "training image: correct the list.")
     twice = next((i for i, n in Counter(known[i].id for i in ids).items() if n > 1), None)
-    if twice: raise UserError(f"label_order names '{twice}' twice: each image may stand in it once.")
+    if twice:
+        raise UserError(f"label_order names '{twice}' twice: each image may stand in it once.")
     order = [known[i] for i in ids]
     named = {i.id for i in order}
     return order, [i for i in items if i.id not in named]
@@ -420,7 +439,7 @@ def cut(
     n_tune: int | None = None,
     only_pool: bool = False,  # True: training items that get no label are left out
 ) -> tuple:  # (labelled, unlabelled, tune)
-    "The first `n_labelled` keep their labels, the last `n_tune` are set aside, all others are unlabelled"
+    "The first `n_labelled` keep their labels, the last `n_tune` wait aside, others are unlabelled"
     n_tune = n_tune or 0
     if not 0 <= n_tune <= len(order):
         raise UserError(f"n_tune is {n_tune}: choose 0 to {len(order)}.")
@@ -451,16 +470,16 @@ class Report:
     "What `check_folder` found; `print` it"
     root: str
     classes: tuple = ()
-    counts: dict = field(default_factory=dict)  # split -> {"images", "masks", "sizes" (Counter of (H,W))}
+    counts: dict = field(default_factory=dict)  # split -> {"images", "masks", "sizes": Counter}
     shares: dict = field(default_factory=dict)  # split -> float (C): share of the labelled pixels
-    shown: dict = field(default_factory=dict)  # split -> int (C): number of images that show the class
-    problems: list = field(default_factory=list)  # one sentence each; training would stop at the first
+    shown: dict = field(default_factory=dict)  # split -> int (C): images that show the class
+    problems: list = field(default_factory=list)  # sentences; training would stop at the first
     notes: list = field(default_factory=list)  # worth knowing, no mistake
 
     @property
     def ok(self) -> bool: return not self.problems
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = []
         for split, c in self.counts.items():
             sizes = ", ".join(f"{w} x {h} ({n})" for (h, w), n in c["sizes"].most_common(3))
@@ -482,17 +501,19 @@ def copies(
     by_size = {}
     for item in items: by_size.setdefault(item.image.stat().st_size, []).append(item)
     suspects = [i for group in by_size.values() if len(group) > 1 for i in group]
-    with ThreadPoolExecutor() as pool: digests = list(pool.map(lambda i: file_digest(i.image), suspects))
+    paths = [i.image for i in suspects]
+    with ThreadPoolExecutor() as pool: digests = list(pool.map(file_digest, paths))
     same = {}
     for item, digest in zip(suspects, digests): same.setdefault(digest, []).append(item)
-    return [group for group in same.values() if len(group) > 1 and not _is_flat(read_image(group[0].image))]
+    groups = [group for group in same.values() if len(group) > 1]
+    return [group for group in groups if not _is_flat(read_image(group[0].image))]
 
 
 def _is_flat(image: Tensor) -> bool: return bool((image.amin((1, 2)) == image.amax((1, 2))).all())
 
 # %% ../nbs/50_folders.ipynb #doctor
 def check_folder(root: str | Path) -> Report:
-    "The mask doctor: read every file of a folder and list all that is wrong, not only the first mistake"
+    "The mask doctor: read every file of a folder and list all mistakes, not only the first"
     report = Report(str(root))
     try: folder = Folder(root, report.problems)
     except UserError as e:
@@ -501,12 +522,13 @@ def check_folder(root: str | Path) -> Report:
     report.notes += folder.notes
     if folder.lost_masks: report.problems.append(folder.lost_masks)
     if folder.white:
-        report.notes.append(f"Images hold more than 8 bits: the value {folder.white:g} becomes white in all "
-                            "of them.")
-    seen, whole = {}, []
+        report.notes.append(f"Images hold more than 8 bits: the value {folder.white:g} becomes "
+                            "white in all of them.")
+    pairs, whole = {}, []
     for split, items in folder.splits.items():
         masks = [i.mask for i in items.values() if i.mask]
-        counts = report.counts[split] = {"images": len(items), "masks": len(masks), "sizes": Counter()}
+        sizes = Counter()
+        report.counts[split] = {"images": len(items), "masks": len(masks), "sizes": sizes}
         for item in items.values():
             try:
                 flat = _is_flat(read_image(item.image, white=folder.white))
@@ -514,49 +536,53 @@ def check_folder(root: str | Path) -> Report:
             except UserError as e:
                 report.problems.append(str(e))
                 continue
-            counts["sizes"][size] += 1
+            sizes[size] += 1
             whole.append(item)
-            if histogram is not None: seen.setdefault(split, []).append((item, histogram))
-            if flat: report.notes.append(f"'{item.image}' is one flat colour: there is nothing to see in it.")
-        if len(counts["sizes"]) > 1:
+            if histogram is not None: pairs.setdefault(split, []).append((item, histogram))
+            if flat:
+                report.notes.append(f"'{item.image}' is one flat colour: there is nothing to see "
+                                    "in it.")
+        if len(sizes) > 1:
             report.notes.append(f"'{split or 'images'}' has images of several sizes.")
         bare = [i.image for i in items.values() if split == "val" and not i.mask]
-        report.problems += [f"Image '{path}' has no mask, but a validation image needs one." for path in bare]
-    _diagnose_values(folder, report, seen)
+        report.problems += [f"Image '{path}' has no mask, but a validation image needs one."
+                            for path in bare]
+    _diagnose_values(folder, report, pairs)
     _diagnose_copies(report, whole)
     if "loading_hint" in folder.info: report.notes.append(folder.info["loading_hint"])
     return report
 
 # %% ../nbs/50_folders.ipynb #doctor-2
 def _diagnose_copies(report: Report, items: list) -> None:
-    "Add a problem for the same picture in two splits, where one trains and the other measures, else a note"
+    "Add a problem for a picture in two splits, as one trains and the other measures, else a note"
     for first, *others in copies(items):
         for other in others:
             same = f"'{first.image}' and '{other.image}' are the same picture"
             if first.image.parent == other.image.parent: report.notes.append(f"{same}.")
             else:
-                report.problems.append(f"{same}: a model would be tested on what it was trained on; "
-                                       "remove one.")
+                report.problems.append(f"{same}: a model would be tested on what it was trained "
+                                       "on; remove one.")
 
 # %% ../nbs/50_folders.ipynb #diagnose
-def _diagnose_values(folder: Folder, report: Report, seen: dict) -> None:
+def _diagnose_values(folder: Folder, report: Report, pairs: dict) -> None:
     "Fill classes, shares and counts of the report, and add what is wrong with the masks' values"
-    pairs = [p for split in seen.values() for p in split]
+    all_pairs = [p for split in pairs.values() for p in split]
     report.classes = folder.classes or ()
-    if not pairs: return
+    if not all_pairs: return
     try:
-        report.classes = check_masks(*zip(*pairs), folder.classes)
-        check_colours(*zip(*pairs))
+        report.classes = check_masks(*zip(*all_pairs), folder.classes)
+        check_colours(*zip(*all_pairs))
     except UserError as e:
         if folder.classes is None: report.problems.append(str(e))
-        for item, histogram in pairs if folder.classes else ():
+        for item, histogram in all_pairs if folder.classes else ():
             try: check_values(item, histogram, len(folder.classes))
             except UserError as wrong: report.problems.append(str(wrong))
         if folder.classes and str(e) not in report.problems: report.problems.append(str(e))
     n = len(report.classes)
-    for split, rows in seen.items() if n else ():
+    for split, rows in pairs.items() if n else ():
         histograms = torch.stack([h for _, h in rows])[:, :n]
         report.shares[split] = histograms.sum(0) / max(1, histograms.sum())
         report.shown[split] = (histograms > 0).sum(0)
         for name, k in zip(report.classes, report.shown[split].tolist()):
-            if k == 0: report.notes.append(f"No image of '{split or 'images'}' shows the class '{name}'.")
+            if k == 0:
+                report.notes.append(f"No image of '{split or 'images'}' shows the class '{name}'.")

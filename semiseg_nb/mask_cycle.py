@@ -13,9 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adversarial import REAL, PatchDiscriminator, Pool, answer, large_enough, lsgan, straight_through
+from semiseg_nb.adversarial import (
+    REAL,
+    PatchDiscriminator,
+    Pool,
+    answer,
+    large_enough,
+    lsgan,
+    straight_through,
+)
 from .core import IGNORE, Fraction, NonNegative, Positive, Range, Whole, checked
-from .cyclegan import Translator, adam, add_noise, critic_losses, shift_and_flip, sides_fit
+from semiseg_nb.cyclegan import (
+    Translator,
+    adam,
+    add_noise,
+    critic_losses,
+    shift_and_flip,
+    sides_fit,
+)
 from .data import Task
 from .losses import cross_entropy, one_hot
 from .models import unrecorded
@@ -24,7 +39,8 @@ from .supervised import Supervised, jointly, view
 # %% ../nbs/46_mask_cycle.ipynb #mask-losses
 def known_l1(made: Tensor, x: Tensor, known: Tensor) -> Tensor:
     "Mean |made - x| (B,3,H,W) over the pixels (B,H,W) whose class is known"
-    return torch.where(known[:, None], (made - x).abs(), 0).sum() / (known.sum() * x.shape[1]).clamp(min=1)
+    error = torch.where(known[:, None], (made - x).abs(), 0)
+    return error.sum() / (known.sum() * x.shape[1]).clamp(min=1)
 
 # %% ../nbs/46_mask_cycle.ipynb #mask-cycle
 class MaskCycle(Supervised):
@@ -39,12 +55,12 @@ class MaskCycle(Supervised):
         net: nn.Module,
         task: Task,
         *,
-        adversarial: NonNegative = 0.1,  # weight of fooling the discriminators of images and of masks
+        adversarial: NonNegative = 0.1,  # weight of fooling both discriminators
         image_cycle: NonNegative = 1.0,  # weight of |R(S(x)) - x| on unlabelled images
         label_cycle: NonNegative = 0.1,  # weight of the cross-entropy of S(R(y)) with y
         regression: NonNegative = 1.0,  # weight of |R(y) - x| on labelled images
         start: Fraction = 0.1,  # part of training that is supervised only
-        d_noise: NonNegative = 0.1,  # deviation of the noise on all that the discriminator of masks sees
+        d_noise: NonNegative = 0.1,  # deviation of the noise on all that D_S, of masks, sees
         renderer: Mapping = {},  # of the `Translator` from masks to images: ngf, blocks, downs, up
         critic: Mapping = {},  # of both `PatchDiscriminator`s: ndf, norm, n_layers (1 unless given)
         pool: Whole = 50,  # drawings and masks that are kept for the discriminators
@@ -56,21 +72,24 @@ class MaskCycle(Supervised):
         self.adversarial, self.image_cycle = adversarial, image_cycle
         self.label_cycle, self.regression = label_cycle, regression
         self.start, self.d_noise, self.renderer, self.critic = start, d_noise, renderer, critic
-        self.pool, self.shift, self.r_lr, self.n_classes = pool, shift, r_lr, task.n_classes
+        self.pool, self.shift, self.r_lr = pool, shift, r_lr
+        self.n_classes = task.n_classes
         self.uses_unlabelled = any((adversarial, image_cycle, label_cycle, regression))
         of_critic = {"n_layers": 1, **critic}
-        self.R = Translator(task.n_classes, 3, **renderer)
-        self.D_I, self.D_S = PatchDiscriminator(3, **of_critic), PatchDiscriminator(task.n_classes, **of_critic)
+        self.R = Translator(self.n_classes, 3, **renderer)
+        self.D_I = PatchDiscriminator(3, **of_critic)
+        self.D_S = PatchDiscriminator(self.n_classes, **of_critic)
         size = tuple(task.labelled.crop or task.size)
         sides_fit(size, self.R.downs)
         large_enough(size, self.D_I.n_layers, 3 * 2**self.D_I.n_layers)
-        self.pool_I, self.pool_S = Pool(pool, (3, *size)), Pool(pool, (task.n_classes, *size))
-        drawing = {"params": [*self.R.parameters()], "lr": r_lr, "betas": (0.5, 0.999), "weight_decay": 0.0}
-        self.optimisers["net"].add_param_group(drawing)
+        self.pool_I, self.pool_S = Pool(pool, (3, *size)), Pool(pool, (self.n_classes, *size))
+        self.optimisers["net"].add_param_group({
+            "params": [*self.R.parameters()],
+            "lr": r_lr, "betas": (0.5, 0.999), "weight_decay": 0.0})
         self.optimisers["discriminators"] = adam(r_lr, self.D_I, self.D_S)
 
     def mask(self, z: Tensor) -> Tensor:
-        "Logits (B,C,H,W) as the segmenter hands them on, to the renderer and to the discriminator of masks"
+        "Logits (B,C,H,W) as the segmenter hands them on to the renderer and to D_S"
         return straight_through(z.float().softmax(1))
 
     def updates(self, lab, unl, clock):
@@ -80,23 +99,26 @@ class MaskCycle(Supervised):
         else:
             x_m, y_m = shift_and_flip(lab["image"] * 2 - 1, clock, "drawn", self.shift, lab["mask"])
             u = shift_and_flip(unl["image"] * 2 - 1, clock, "unlabelled", self.shift)
-            def blur(m, stream): return add_noise(m, self.d_noise, clock, stream)
+            def blur(m: Tensor, stream: str) -> Tensor:
+                return add_noise(m, self.d_noise, clock, stream)
 
             z, z_u = jointly(self.net, x, (u + 1) / 2)
             m_l, m_u = one_hot(y_m, self.n_classes), self.mask(z_u)
             r_l, r_u = jointly(self.R, m_l, m_u)
             with unrecorded(self.net): z_back = self.net((r_l + 1) / 2)
-            fooled = answer(self.D_I, r_l), answer(self.D_S, blur(m_u, "noise fool"))
+            d_i, d_s = answer(self.D_I, r_l), answer(self.D_S, blur(m_u, "noise fool"))
             yield "net", {
                 "supervised": cross_entropy(z, y),
                 "regression": self.regression * known_l1(r_l, x_m, y_m != IGNORE),
                 "image cycle": self.image_cycle * F.l1_loss(r_u, u),
                 "label cycle": self.label_cycle * cross_entropy(z_back, y_m),
-                "fool images": self.adversarial * lsgan(fooled[0], REAL),
-                "fool masks": self.adversarial * lsgan(fooled[1], REAL)}
+                "fool images": self.adversarial * lsgan(d_i, REAL),
+                "fool masks": self.adversarial * lsgan(d_s, REAL)}
 
-            old_i, old_s = self.pool_I(r_l, clock.rng("pool images")), self.pool_S(m_u, clock.rng("pool masks"))
+            old_i = self.pool_I(r_l, clock.rng("pool images"))
+            old_s = self.pool_S(m_u, clock.rng("pool masks"))
             on_images = critic_losses(self.D_I, u, old_i, "images")
-            on_masks = critic_losses(self.D_S, blur(m_l, "noise real"), blur(old_s, "noise made"), "masks")
+            real, fake = blur(m_l, "noise real"), blur(old_s, "noise made")
+            on_masks = critic_losses(self.D_S, real, fake, "masks")
             yield "discriminators", {**on_images, **on_masks}
         self.ema.update(self.net)

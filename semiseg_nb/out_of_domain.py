@@ -10,9 +10,11 @@ __all__ = ['PAIRED', 'TARGETS', 'STRENGTHS', 'KEPT', 'first', 'styled', 'shifts'
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .augment import PHOTO, Policy, flip_crop, randaugment
@@ -60,36 +62,38 @@ def styled(
 def shifts(
     dataset: str = "portraits",  # "portraits", "scenes" or "folder"
     data_root: str | Path | None = None,  # of a folder
-    targets: Sequence | None = None,  # generated images: styles, None for all; folder: further splits with masks
+    targets: Sequence | None = None,  # generated: styles, None: all; folder: splits with masks
     strengths: Sequence = STRENGTHS,  # generated images: each in [0,1]; 0 is always there
     size: int | tuple | None = 32,  # as for `load_task`
     n: int | None = None,  # only the first n images of each set
     stretch: bool = False,
     classes: tuple | None = None,  # folder without a list of classes: `task.classes`
-) -> dict:  # target -> {strength: `Labelled`}; 0 is the source's validation set, one object for all targets
-    "The validation sets of an out-of-domain experiment; raises `UserError` for a target that is not there or has no masks"
+) -> dict:  # target -> {strength: `Labelled`}; at 0 the source's own, one object for all targets
+    "Validation sets of an out-of-domain experiment; raises `UserError` for a target without masks"
     if dataset not in (*PAIRED, "folder"):
-        raise UserError(f"dataset '{dataset}' has no second domain here: use {', '.join(PAIRED)}, or a folder with "
-                        "further splits.")
+        raise UserError(f"dataset '{dataset}' has no second domain here: use {', '.join(PAIRED)}, "
+                        "or a folder with further splits.")
     names = list(targets or (TARGETS if dataset in PAIRED else ()))
     if {"train", "val"} & {*names}:
         raise UserError(f"targets {names} has the source's own train or val: name further splits.")
     if not names:
-        raise UserError("targets is empty: name the splits of the folder that hold the other domain, "
-                        "e.g. ['ood_histology'].")
+        raise UserError("targets is empty: name the splits of the folder that hold the other "
+                        "domain, e.g. ['ood_histology'].")
     if dataset == "folder":
         options = dict(size=size, stretch=stretch, classes=classes)
         found = {name: load_split(dataset, data_root, name, **options) for name in ("val", *names)}
         bare = next((name for name, ds in found.items() if not isinstance(ds, Labelled)), None)
         if bare:
-            raise UserError(f"split '{bare}' has images without a mask: it cannot be scored, choose another target.")
+            raise UserError(f"split '{bare}' has images without a mask: it cannot be scored, "
+                            "choose another target.")
         source = first(found.pop("val"), n)
         return {name: {0.0: source, 1.0: first(ds, n)} for name, ds in found.items()}
     for name in names: one_of(name, TARGETS, "target")
     for s in strengths: in_range("strength", s, 0, 1)
     source = styled(dataset, size=size, n=n)
-    def away(name): return {float(s): styled(dataset, "val", name, s, size, n) for s in strengths if s > 0}
-    return {name: {0.0: source} | away(name) for name in names}
+    away = [s for s in strengths if s > 0]
+    return {name: {0.0: source} | {float(s): styled(dataset, "val", name, s, size, n) for s in away}
+            for name in names}
 
 # %% ../nbs/44_out_of_domain.ipynb #recolour
 def recolour(
@@ -98,9 +102,11 @@ def recolour(
     knots: int = 8,
     ridge: float = 1e-7,  # keeps knots that no pixel comes near at 0
 ) -> Tensor:  # (B,3,H,W) in [0,1]
-    "Each image of x under the colour curves that are best by least squares: a diagnosis, for it needs the paired goal"
+    "Each image under its best colour curves by least squares: a diagnosis, for it needs the goal"
     basis = hats(x.double().flatten(2).mT, knots).flatten(2)  # (B,HW,3*knots)
-    normal = basis.mT @ basis + ridge * basis.shape[1] * torch.eye(basis.shape[2], dtype=basis.dtype, device=x.device)
+    _, n_pixels, n_columns = basis.shape
+    identity = torch.eye(n_columns, dtype=basis.dtype, device=x.device)
+    normal = basis.mT @ basis + ridge * n_pixels * identity
     heights = torch.linalg.solve(normal, basis.mT @ goal.double().flatten(2).mT)
     return (basis @ heights).mT.reshape(x.shape).to(x.dtype).clamp(0, 1)
 
@@ -110,8 +116,10 @@ def explained(
     goal: Tensor,  # (B,3,H,W)
     knots: int = 8,
 ) -> float:  # 1: a curve makes goal from x exactly; 0: a curve is of no use
-    "The part of the squared difference between two sets of paired images that a colour curve can make"
-    return 1 - ((recolour(x, goal, knots) - goal).square().sum() / (x - goal).square().sum().clamp(min=1e-6)).item()
+    "The part of the squared difference between two sets of paired images that a curve can make"
+    rest = (recolour(x, goal, knots) - goal).square().sum()
+    whole = (x - goal).square().sum().clamp(min=1e-6)
+    return 1 - (rest / whole).item()
 
 # %% ../nbs/44_out_of_domain.ipynb #scores
 KEPT = ("miou", "iou_per_class", "pixel_accuracy", "ece")
@@ -121,14 +129,16 @@ def scores(
     net: nn.Module,  # a `Method`, or any module that maps images to logits
     sets: dict,  # of `shifts`
     batch_size: int = 64,
-    accelerator=None,
+    accelerator: Accelerator | None = None,
 ) -> list[dict]:  # rows: target, strength, and the four numbers of `evaluate`
     "Score a method on every set; the source, which the targets share, is scored once"
     known, rows = {}, []
     for target, by_strength in sets.items():
         for strength, dataset in by_strength.items():
-            if id(dataset) not in known: known[id(dataset)] = evaluate(net, dataset, batch_size, accelerator)
-            rows.append({"target": target, "strength": strength} | {k: known[id(dataset)][k] for k in KEPT})
+            key = id(dataset)
+            if key not in known: known[key] = evaluate(net, dataset, batch_size, accelerator)
+            numbers = {k: known[key][k] for k in KEPT}
+            rows.append({"target": target, "strength": strength} | numbers)
     return rows
 
 
@@ -140,14 +150,16 @@ def curve(
     found = {r["strength"]: r["miou"] for r in record["out_of_domain"] if r["target"] == target}
     if not found:
         known = sorted({r["target"] for r in record["out_of_domain"]})
-        raise UserError(f"this run was not scored on target '{target}', only on {', '.join(known)}: choose one of these.")
+        raise UserError(f"this run was not scored on target '{target}', only on "
+                        f"{', '.join(known)}: choose one of these.")
     return dict(sorted(found.items()))
 
 # %% ../nbs/44_out_of_domain.ipynb #summary
 def at_target(record: dict, strength: float = 1.0) -> float:
     "mIoU of a run at one strength, mean over its targets"
     found = [r["miou"] for r in record["out_of_domain"] if r["strength"] == strength]
-    if not found: raise UserError(f"this run was not scored at strength {strength}: choose one of its own.")
+    if not found:
+        raise UserError(f"this run was not scored at strength {strength}: choose one of its own.")
     return math.fsum(found) / len(found)
 
 
@@ -168,7 +180,7 @@ def colour_views(
     n: Whole = 2,  # operations per image
     strength: Fraction = 0.5,
 ) -> list[Policy]:  # for `Supervised.policies`: applied one after the other
-    "Flip and zoom, then RandAugment over the colour operations but for some; raises `UserError` for an unknown one"
+    "Flip and zoom, then RandAugment over colours; raises `UserError` for an unknown operation"
     for name in without: one_of(name, PHOTO, "operation")
     ops = tuple(o for o in PHOTO if o not in without)
     return [flip_crop(fill=fill), randaugment(n=n, strength=strength, ops=ops, fill=fill)]
@@ -183,19 +195,20 @@ def with_target(
     data_root: str | Path | None = None,
     stretch: bool = False,
 ) -> Task:  # labelled, validation and tuning images of the source, unlabelled images of the target
-    "The task of a method that may look at unlabelled images of the target; masks that these may have are dropped"
+    "The task of a method that may look at images of the target, but at none of their masks"
     if dataset in PAIRED:
         found = styled(dataset, "train", one_of(target, TARGETS, "target"), strength, task.size)
-        def layout(i): return i.rsplit("/", 1)[-1]
-        row = {layout(i): k for k, i in enumerate(found.ids)}
-        rows = torch.tensor([row[layout(i)] for i in task.unlabelled.ids])  # the layouts that were unlabelled anyway
-        ids = [f"{target}@{strength:g}/{layout(i)}" for i in task.unlabelled.ids]
+        def layout(name: str) -> str: return name.rsplit("/", 1)[-1]
+        row = {layout(name): k for k, name in enumerate(found.ids)}
+        layouts = [layout(name) for name in task.unlabelled.ids]  # the ones without labels anyway
+        rows = torch.tensor([row[name] for name in layouts])
+        ids = [f"{target}@{strength:g}/{name}" for name in layouts]
         unlabelled = Images(ids, found.images.index_select(0, rows))
     else:
         options = dict(size=task.size, stretch=stretch, classes=task.classes)
         found = load_split(dataset, data_root, split=target, **options)
         unlabelled = Images(found.ids, found.images, crop=task.unlabelled.crop)
-    return Task(task.name, task.classes, task.palette, task.labelled, unlabelled, task.val, task.tune)
+    return replace(task, unlabelled=unlabelled)
 
 # %% ../nbs/44_out_of_domain.ipynb #statistics
 @torch.no_grad()
@@ -208,8 +221,9 @@ def with_statistics(
     net = copy.deepcopy(net)
     norms = batch_norms(net)
     if not norms:
-        raise UserError(f"{type(net).__name__} has no BatchNorm layer: there are no statistics to take from the target.")
-    for m in net.modules(): m.training = m in norms  # not `.train()`, which a frozen network ignores
+        raise UserError(f"{type(net).__name__} has no BatchNorm layer: there are no statistics to "
+                        "take from the target.")
+    for m in net.modules(): m.training = m in norms  # `.train()` would not move a frozen network
     for m in norms:
         m.reset_running_stats()
         m.momentum = None  # the plain mean over all batches

@@ -98,8 +98,8 @@ class Pairs(nn.Module):
         stream: str,
     ) -> dict:  # "image" (n,3,H,W) in [0,1], "mask" (n,H,W) int64
         "A random batch, fixed by seed and step"
-        index = torch.randint(len(self), (n * clock.world,), generator=clock.rng(stream))[clock.rows(n)]
-        index = index.to(self.mask.device, non_blocking=True)
+        index = torch.randint(len(self), (n * clock.world,), generator=clock.rng(stream))
+        index = index[clock.rows(n)].to(self.mask.device, non_blocking=True)
         return {"image": self.image[index].float() / 255, "mask": self.mask[index].long()}
 
     def rows(self, index: Tensor) -> "Pairs":
@@ -108,7 +108,8 @@ class Pairs(nn.Module):
 
     def dataset(self, n_classes: int) -> Labelled:
         "The same as a data set, for `evaluate`"
-        return Labelled([f"pair/{i}" for i in range(len(self))], self.image.cpu(), self.mask.cpu(), n_classes)
+        ids = [f"pair/{i}" for i in range(len(self))]
+        return Labelled(ids, self.image.cpu(), self.mask.cpu(), n_classes)
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ def labelled_losses(
 
 
 class Phase1(Supervised):
-    "The first generator, image to mask, from labelled images: cross-entropy, Dice, and a critic of pairs"
+    "The first generator, image to mask, from labels: cross-entropy, Dice, and a critic of pairs"
     name, title = "phase1", "SemGAN in three phases: the first"
     baseline = {"dice": 0.0, "adversarial": 0.0}
 
@@ -145,21 +146,24 @@ class Phase1(Supervised):
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
         super().__init__(net, task, **labelled)
-        self.dice, self.adversarial, self.d_lr, self.n_classes = dice, adversarial, d_lr, task.n_classes
-        self.D_m = copy.deepcopy(D_m) if D_m is not None else patch_critic(3 + task.n_classes)
-        self.optimisers["critic"] = torch.optim.Adam(self.D_m.parameters(), lr=d_lr, betas=(0.5, 0.999))
+        self.dice, self.adversarial, self.d_lr = dice, adversarial, d_lr
+        self.n_classes = task.n_classes
+        self.D_m = patch_critic(3 + self.n_classes) if D_m is None else copy.deepcopy(D_m)
+        critic = torch.optim.Adam(self.D_m.parameters(), lr=d_lr, betas=(0.5, 0.999))
+        self.optimisers["critic"] = critic
 
     def updates(self, lab, unl, clock):
         x, y = view(lab, self.policies, clock)
         z = self.net(x)
         losses = labelled_losses(z, y, self.dice)
         if self.adversarial:
-            made = with_mask(signed(x), straight_through(z.float().softmax(1)) * (y != IGNORE)[:, None])
-            losses["pair critic"] = -self.adversarial * answer(self.D_m, made).mean()
+            known = (y != IGNORE)[:, None]
+            fake = with_mask(signed(x), straight_through(z.float().softmax(1)) * known)
+            losses["pair critic"] = -self.adversarial * answer(self.D_m, fake).mean()
         yield "net", losses
         if self.adversarial:
             real = with_mask(signed(x), one_hot(y, self.n_classes))
-            yield "critic", {"critic": hinge(self.D_m(real), self.D_m(made.detach()))}
+            yield "critic", {"critic": hinge(self.D_m(real), self.D_m(fake.detach()))}
         self.ema.update(self.net)
 
 # %% ../nbs/43_phases.ipynb #phase0-run
@@ -168,7 +172,8 @@ def best_rows(
     keep: float,  # part that is kept
 ) -> Tensor:  # rising indices
     "Which pairs have the best content"
-    return content.argsort(descending=True)[:max(1, round(keep * len(content)))].sort().values
+    n = max(1, round(keep * len(content)))
+    return content.argsort(descending=True)[:n].sort().values
 
 # %% ../nbs/43_phases.ipynb #renderer
 class Styled(nn.Module):
@@ -176,9 +181,11 @@ class Styled(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, d: int):
         super().__init__()
-        self.conv, self.bias = ModulatedConv(n_in, n_out, 3, d), nn.Parameter(torch.zeros(n_out))
+        self.conv = ModulatedConv(n_in, n_out, 3, d)
+        self.bias = nn.Parameter(torch.zeros(n_out))
 
-    def forward(self, x, s): return fused_lrelu(self.conv(x, s), self.bias)
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        return fused_lrelu(self.conv(x, s), self.bias)
 
 
 class Renderer(nn.Module):
@@ -193,8 +200,10 @@ class Renderer(nn.Module):
         super().__init__()
         self.down = nn.ModuleList(Styled(a, b, d) for a, b in zip((n_classes, *channels), channels))
         self.middle = Styled(channels[-1], channels[-1], d)
-        self.up = nn.ModuleList(Styled(a + b, b, d) for a, b in zip(channels[::-1], channels[-2::-1]))
-        self.out, self.d, self.halvings = ToMap(channels[0], 3, d), d, len(channels) - 1
+        upwards = zip(channels[::-1], channels[-2::-1])
+        self.up = nn.ModuleList(Styled(a + b, b, d) for a, b in upwards)
+        self.out = ToMap(channels[0], 3, d)
+        self.d, self.halvings = d, len(channels) - 1
 
     def forward(
         self,
@@ -203,8 +212,9 @@ class Renderer(nn.Module):
     ) -> Tensor:  # (B,3,H,W) in (-1,1)
         "Paint the mask in this style"
         if any(n % 2**self.halvings for n in m.shape[-2:]):
-            raise UserError(f"A mask of {m.shape[-2]}x{m.shape[-1]} cannot be halved {self.halvings} times: "
-                            f"take sides that are multiples of {2**self.halvings}.")
+            raise UserError(f"A mask of {m.shape[-2]}x{m.shape[-1]} cannot be halved "
+                            f"{self.halvings} times: take sides that are multiples of "
+                            f"{2**self.halvings}.")
         x, skips = self.down[0](m, s), []
         for layer in self.down[1:]:
             skips.append(x)
@@ -221,7 +231,8 @@ class StyleEncoder(nn.Module):
 
     def __init__(self, d: int = 8, channels: tuple = (16, 32, 48, 48)):
         super().__init__()
-        self.convs = nn.ModuleList(EqualConv2d(a, b, 3, padding=1) for a, b in zip((3, *channels), channels))
+        widths = zip((3, *channels), channels)
+        self.convs = nn.ModuleList(EqualConv2d(a, b, 3, padding=1) for a, b in widths)
         self.out = EqualLinear(channels[-1], d)
 
     def features(self, x: Tensor) -> Tensor:
@@ -237,7 +248,7 @@ class StyleEncoder(nn.Module):
 
 # %% ../nbs/43_phases.ipynb #phase2
 class Phase2(Method):
-    "The second generator, mask and style to image, trained on all images through a first one that does not move"
+    "The second generator, mask and style to image, trained through a first one that does not move"
     title, alone = "SemGAN in three phases: the second", False  # a stage of the recipe
 
     @checked
@@ -259,44 +270,59 @@ class Phase2(Method):
         d_lr: Positive = 5e-4,  # of the critics
     ):
         super().__init__()
-        self.d, self.lr, self.d_lr, self.n_classes = d, lr, d_lr, task.n_classes
+        self.d, self.lr, self.d_lr = d, lr, d_lr
+        self.n_classes = task.n_classes
         self.reconstruct, self.keep, self.keep_style = reconstruct, keep, keep_style
         self.please, self.please_pair, self.small = please, please_pair, small
         self.G1, self.S = frozen(copy.deepcopy(G1)), S
         self.G2, self.E_s, self.D_r = Renderer(task.n_classes, d), StyleEncoder(d), patch_critic(3)
-        self.D_m = copy.deepcopy(D_m) if D_m is not None else patch_critic(3 + task.n_classes)
-        self.whole = flip_crop(scale=(1.0, 1.25), shift=0.0, fill=task.mean)  # zooms in, hence no padding
-        def adam(rate, *nets):
-            return torch.optim.Adam([p for net in nets for p in net.parameters()], lr=rate, betas=(0.5, 0.99))
-        self.optimisers = {"painter": adam(lr, self.G2, self.E_s), "critics": adam(d_lr, self.D_r, self.D_m)}
+        self.D_m = patch_critic(3 + self.n_classes) if D_m is None else copy.deepcopy(D_m)
+        # zooms in, hence no padding
+        self.whole = flip_crop(scale=(1.0, 1.25), shift=0.0, fill=task.mean)
 
-    def pictures(self, lab: dict, unl: dict, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
-        "Images (B,3,H,W) in [0,1], masks (B,H,W), belief (B): labelled, unlabelled with G1's masks, half as many of S"
+        def adam(rate: float, *nets: nn.Module) -> torch.optim.Adam:
+            weights = [p for net in nets for p in net.parameters()]
+            return torch.optim.Adam(weights, lr=rate, betas=(0.5, 0.99))
+
+        self.optimisers = {"painter": adam(lr, self.G2, self.E_s),
+                           "critics": adam(d_lr, self.D_r, self.D_m)}
+
+    def pictures(
+        self, lab: dict, unl: dict, clock: Clock,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # images (B,3,H,W) in [0,1], masks (B,H,W), belief (B)
+        "Labelled images, unlabelled ones with G1's masks, and half as many pairs of S"
         x, y = view(lab, [self.whole], clock)
         x_u = self.whole.apply_image(unl["image"], clock.draw(self.whole, "whole", unl["image"]))
         with torch.no_grad(): belief, y_u = self.G1(x_u).float().softmax(1).max(1)
-        images, masks, beliefs = [x, x_u], [y, y_u], [belief.new_ones(len(x)), belief.mean((1, 2))]
+        images, masks = [x, x_u], [y, y_u]
+        beliefs = [belief.new_ones(len(x)), belief.mean((1, 2))]
         if self.S is not None:
-            x_s, y_s = view(self.S.draw(max(1, len(x) // 2), clock, "S"), [self.whole], clock, "S view")
-            images, masks, beliefs = [*images, x_s], [*masks, y_s], [*beliefs, belief.new_ones(len(x_s))]
+            synthetic = self.S.draw(max(1, len(x) // 2), clock, "S")
+            x_s, y_s = view(synthetic, [self.whole], clock, "S view")
+            images.append(x_s)
+            masks.append(y_s)
+            beliefs.append(belief.new_ones(len(x_s)))
         return torch.cat(images), torch.cat(masks), torch.cat(beliefs)
 
     def updates(self, lab, unl, clock):
         x, y, belief = self.pictures(lab, unl, clock)
         x, m, known = signed(x), one_hot(y, self.n_classes), y != IGNORE
-        s, s_x = clock.randn("style", len(x), self.d).to(x.device, non_blocking=True), self.E_s(x)
+        s = clock.randn("style", len(x), self.d).to(x.device, non_blocking=True)
+        s_x = self.E_s(x)
 
         again, new = self.G2(torch.cat([m, m]), torch.cat([s_x, s])).chunk(2)
-        error = (again - x).abs().mean(1) * belief[:, None, None]
+        error = torch.where(known, (again - x).abs().mean(1) * belief[:, None, None], 0)
         yield "painter", {
-            "reconstruct": self.reconstruct * torch.where(known, error, 0).sum() / known.sum().clamp(min=1),
+            "reconstruct": self.reconstruct * error.sum() / known.sum().clamp(min=1),
             "keep mask": self.keep * cross_entropy(self.G1(unsigned(new)), y),
             "keep style": self.keep_style * (self.E_s(new) - s).abs().mean(),
             "please D_r": -self.please * answer(self.D_r, new).mean(),
             "please D_m": -self.please_pair * answer(self.D_m, with_mask(new, m)).mean(),
             "small styles": self.small * s_x.square().mean()}
 
-        new, n_l, n_real = new.detach(), len(lab["image"]), len(lab["image"]) + len(unl["image"])  # S is not real
+        new = new.detach()
+        n_l = len(lab["image"])
+        n_real = n_l + len(unl["image"])  # S is not real
         on_images = hinge(self.D_r(x[:n_real]), self.D_r(new))
         on_pairs = hinge(self.D_m(with_mask(x[:n_l], m[:n_l])), self.D_m(with_mask(new, m)))
         yield "critics", {"D_r": on_images, "D_m": on_pairs}, {"belief": belief[n_l:n_real].mean()}
@@ -315,10 +341,13 @@ def warps(
 ) -> Tensor:  # (n,H,W,2): where each pixel comes from, in [-1,1]
     "Random smooth warps: mirror, turn, zoom, bend"
     u = torch.rand(n, 3, generator=rng)
-    angle, scale = (2 * u[:, 0] - 1) * turn * torch.pi / 180, 1 + (2 * u[:, 1] - 1) * zoom
+    angle = (2 * u[:, 0] - 1) * turn * torch.pi / 180
+    scale = 1 + (2 * u[:, 1] - 1) * zoom
     mirror = torch.where(u[:, 2] < 0.5, -1.0, 1.0)
     c, s = angle.cos() * scale, angle.sin() * scale
-    theta = torch.stack([torch.stack([c * mirror, -s, 0 * c], 1), torch.stack([s * mirror, c, 0 * c], 1)], 1)
+    first_row = torch.stack([c * mirror, -s, 0 * c], 1)
+    second_row = torch.stack([s * mirror, c, 0 * c], 1)
+    theta = torch.stack([first_row, second_row], 1)
     coarse = bend * torch.randn(n, 2, 4, 4, generator=rng)
     smooth = F.interpolate(coarse, size=tuple(size), mode="bicubic", align_corners=False)
     return F.affine_grid(theta, (n, 1, *size), align_corners=False) + smooth.permute(0, 2, 3, 1)
@@ -329,8 +358,8 @@ def warp_masks(
     grid: Tensor,  # of `warps`
 ) -> Tensor:  # (n,H,W) uint8
     "Masks after a warp: each pixel takes the nearest one's class, the border is continued"
-    y = F.grid_sample(y[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
-    return y[:, 0].round().byte()
+    options = dict(mode="nearest", padding_mode="border", align_corners=False)
+    return F.grid_sample(y[:, None].float(), grid, **options)[:, 0].round().byte()
 
 # %% ../nbs/43_phases.ipynb #recombined
 def recombine(
@@ -338,9 +367,10 @@ def recombine(
     n: int,  # how many new ones
     n_classes: int,
     rng: torch.Generator,  # of the CPU
-) -> tuple[Tensor, dict]:  # (n,H,W) uint8, and the recipe: base, donor, class and both warps of every mask
-    "New masks from old ones: one that is bent, and the pixels of one class of another one laid over it"
-    has = torch.stack([(masks == k).flatten(1).any(1) for k in range(n_classes)]).float()  # (K,N)
+) -> tuple[Tensor, dict]:  # (n,H,W) uint8, and base, donor, class and both warps of every mask
+    "New masks from old ones: a bent one, and over it the pixels of one class of another one"
+    shows = [(masks == k).flatten(1).any(1) for k in range(n_classes)]
+    has = torch.stack(shows).float()  # (K,N)
     present = has.sum(1).nonzero()[:, 0]
     common = max(present.tolist(), key=lambda k: int((masks == k).sum()))
     rare = present[present != common] if len(present) > 1 else present
@@ -362,7 +392,8 @@ def styles_of(
     "Styles of real images"
     device = next(E_s.parameters()).device
     x = images.images.index_select(0, torch.arange(min(at_most, len(images))))
-    return torch.cat([E_s(signed(part.to(device).float() / 255)) for part in x.split(64)]).cpu()
+    parts = [E_s(signed(part.to(device).float() / 255)) for part in x.split(64)]
+    return torch.cat(parts).cpu()
 
 
 @torch.no_grad()
@@ -371,15 +402,21 @@ def paint_pairs(
     labelled: Labelled,  # whose masks are recombined
     n: int,
     seed: int = 0,
-    styles: Tensor | None = None,  # (N,d) of `styles_of`, one is drawn for each painting; None: N(0,1)
+    styles: Tensor | None = None,  # (N,d) of `styles_of`, to draw from; None: N(0,1)
     batch: int = 64,
 ) -> Pairs:  # S2
     "Recombined masks, each painted in a random style"
     rng, device = generator(seed, "painted"), next(G2.parameters()).device
-    y, _ = recombine(labelled.masks.index_select(0, torch.arange(len(labelled))), n, labelled.n_classes, rng)
-    s = torch.randn(n, G2.d, generator=rng) if styles is None else styles[torch.randint(len(styles), (n,), generator=rng)]
-    def paint(m, s): return G2(one_hot(m.long().to(device), labelled.n_classes), s.to(device)).cpu()
-    images = [paint(m, t) for m, t in zip(y.split(batch), s.split(batch))]
+    n_classes = labelled.n_classes
+    masks = labelled.masks.index_select(0, torch.arange(len(labelled)))
+    y, _ = recombine(masks, n, n_classes, rng)
+    if styles is None: s = torch.randn(n, G2.d, generator=rng)
+    else: s = styles[torch.randint(len(styles), (n,), generator=rng)]
+
+    def paint(m: Tensor, s: Tensor) -> Tensor:
+        return G2(one_hot(m.long().to(device), n_classes), s.to(device)).cpu()
+
+    images = [paint(*part) for part in zip(y.split(batch), s.split(batch))]
     return Pairs(as_bytes(unsigned(torch.cat(images))), y)
 
 # %% ../nbs/43_phases.ipynb #phase3-losses
@@ -410,15 +447,16 @@ def round_trip(
     m: Tensor,  # (B,K,H,W) the masks that were found in x
     x: Tensor,  # (B,3,H,W) in [0,1]
 ) -> Tensor:  # scalar
-    "How far the image is from what is painted of its mask in its style; gradients reach the mask alone"
+    "Distance of the image from the painting of its mask in its style, with gradients for the mask"
     with torch.no_grad(): s = E_s(signed(x))
     return (G2(m, s) - signed(x)).abs().mean()
 
 # %% ../nbs/43_phases.ipynb #phase3
 class Phase3(Phase1):
-    "The first generator again: labels, its own labels, synthetic pairs, and the cycle through a painter that stands still"
+    "The first generator again: labels, own labels, synthetic pairs, a cycle with a fixed painter"
     name, title, alone = "phases", "SemGAN in three phases", False  # the recipe's
-    baseline = Phase1.baseline | dict.fromkeys(("self_training", "cycle", "translated", "rendered"), 0.0)
+    baseline = Phase1.baseline | {
+        "self_training": 0.0, "cycle": 0.0, "translated": 0.0, "rendered": 0.0}
 
     @checked
     def __init__(
@@ -441,8 +479,10 @@ class Phase3(Phase1):
     ):
         super().__init__(net, task, **first)
         if cycle and (G2 is None or E_s is None):
-            raise UserError(f"cycle is {cycle}, but there is no G2 with its E_s to close it: give both, or cycle=0.")
-        self.G2, self.E_s = (n if n is None else frozen(copy.deepcopy(n)) for n in (G2, E_s))
+            raise UserError(f"cycle is {cycle}, but there is no G2 with its E_s to close it: give "
+                            "both, or cycle=0.")
+        self.G2 = None if G2 is None else frozen(copy.deepcopy(G2))
+        self.E_s = None if E_s is None else frozen(copy.deepcopy(E_s))
         self.S, self.S2, self.translated, self.rendered = S, S2, translated, rendered
         self.self_training, self.threshold, self.mix = self_training, threshold, mix
         self.cycle, self.ramp = cycle, ramp
@@ -455,13 +495,15 @@ class Phase3(Phase1):
 
     def synthetic(self, pairs: Pairs, n: int, clock: Clock, stream: str) -> tuple[Tensor, Tensor]:
         "A batch of synthetic pairs, in views like those of labelled images"
-        return view(pairs.draw(max(2, n // 2), clock, stream), self.policies, clock, f"{stream} view")
+        batch = pairs.draw(max(2, n // 2), clock, stream)
+        return view(batch, self.policies, clock, f"{stream} view")
 
     def updates(self, lab, unl, clock):
         x, y = view(lab, self.policies, clock)
-        lam, batches, made, statistics = clock.ramp(self.ramp), {"labelled": x}, None, {}
+        lam, batches, statistics = clock.ramp(self.ramp), {"labelled": x}, {}
         if unl is not None:
-            x_w = self.whole.apply_image(unl["image"], clock.draw(self.whole, "whole", unl["image"]))
+            zoom = clock.draw(self.whole, "whole", unl["image"])
+            x_w = self.whole.apply_image(unl["image"], zoom)
             if self.self_training * lam > 0:
                 labels, statistics["kept"] = own_labels(self.ema(x_w), self.threshold)
                 strong = self.strong_view(x_w, clock)
@@ -473,23 +515,30 @@ class Phase3(Phase1):
         losses = labelled_losses(z["labelled"], y, self.dice)
         if self.S is not None and self.translated:
             x_s, y_s = self.synthetic(self.S, len(x), clock, "S")
-            with unrecorded(self.net): losses["S"] = self.translated * cross_entropy(self.net(x_s), y_s)
+            with unrecorded(self.net): z_s = self.net(x_s)
+            losses["S"] = self.translated * cross_entropy(z_s, y_s)
         if self.S2 is not None and self.rendered:
             x_s, y_s = self.synthetic(self.S2, len(x), clock, "S2")
-            y_s, statistics["contradicted"] = without_contradiction(y_s, self.ema(x_s), self.threshold)
-            with unrecorded(self.net): losses["S2"] = self.rendered * cross_entropy(self.net(x_s), y_s)
-        if "strong" in z: losses["own labels"] = self.self_training * lam * cross_entropy(z["strong"], labels)
+            z_a = self.ema(x_s)
+            y_s, statistics["contradicted"] = without_contradiction(y_s, z_a, self.threshold)
+            with unrecorded(self.net): z_s = self.net(x_s)
+            losses["S2"] = self.rendered * cross_entropy(z_s, y_s)
+        if "strong" in z:
+            losses["own labels"] = self.self_training * lam * cross_entropy(z["strong"], labels)
         if "weak" in z: p = z["weak"].float().softmax(1)
-        if self.cycle * lam > 0: losses["cycle"] = self.cycle * lam * round_trip(self.G2, self.E_s, self.mask(p), x_w)
+        if self.cycle * lam > 0:
+            trip = round_trip(self.G2, self.E_s, self.mask(p), x_w)
+            losses["cycle"] = self.cycle * lam * trip
         if unl is not None and self.adversarial:
-            made = with_mask(signed(x_w), straight_through(p))
-            losses["pair critic"] = -self.adversarial * answer(self.D_m, made).mean()
+            fake = with_mask(signed(x_w), straight_through(p))
+            losses["pair critic"] = -self.adversarial * answer(self.D_m, fake).mean()
         yield "net", losses, statistics
 
-        if made is not None:
-            x_l, y_l = view(lab, [self.whole], clock, "real pairs")        # without strong colours, as the made ones
+        if unl is not None and self.adversarial:
+            # without strong colours, like the unlabelled ones
+            x_l, y_l = view(lab, [self.whole], clock, "real pairs")
             real = with_mask(signed(x_l), one_hot(y_l, self.n_classes))
-            yield "critic", {"critic": hinge(self.D_m(real), self.D_m(made.detach()))}
+            yield "critic", {"critic": hinge(self.D_m(real), self.D_m(fake.detach()))}
         self.ema.update(self.net)
 
 # %% ../nbs/43_phases.ipynb #recipe-parts
@@ -524,7 +573,7 @@ def phases(
     keep: Fraction = 0.8,  # part of the translated pairs that is kept: those with the best content
     n_painted: Count = 1000,  # pairs S2 that phase 2 leaves
     labelled: Mapping = {"views": "strong"},  # settings of `Supervised`, for phases 1 and 3
-    gan: Mapping = {"translator": {"skip": True}},  # of `CycleGAN`; both sets are of one look: begin with no change
+    gan: Mapping = {"translator": {"skip": True}},  # of `CycleGAN`; one look: begin with no change
     first: Mapping = {},  # of `Phase1`
     second: Mapping = {},  # of `Phase2`
     third: Mapping = {},  # of `Phase3`
@@ -532,10 +581,12 @@ def phases(
     final_class: type | None = None,  # a subclass of `Phase3`
 ):
     "G1 alone; pairs from CycleGAN; G2 through a G1 that stands still; G1 again with all of it"
-    if len(parts) != 4: raise UserError(f"parts is {parts}, but there are four phases, 0 to 3: give four numbers.")
-    known_names({CycleGAN: gan, Phase1: {**labelled, **first}, Phase2: second, Phase3: {**labelled, **third}})
+    if len(parts) != 4:
+        raise UserError(f"parts is {parts}, but there are four phases, 0 to 3: give four numbers.")
+    first, third = {**labelled, **first}, {**labelled, **third}
+    known_names({CycleGAN: gan, Phase1: first, Phase2: second, Phase3: third})
     blank, count = copy.deepcopy(net), [max(1, round(part * steps)) for part in parts]
-    one = yield Stage("phase1", Phase1(net, task, **{**labelled, **first}), count[1])
+    one = yield Stage("phase1", Phase1(net, task, **first), count[1])
     partners, S = {} if painting else {"cycle": 0.0}, None
     if translation:
         zero = yield Stage("phase0", CycleGAN(task, one.ema.net, **gan), count[0], batch_size=4)
@@ -546,10 +597,12 @@ def phases(
         if painting:
             two = (painter_class or Phase2)(task, with_weights(blank, G1), D_m=D_m, S=S, **second)
             two = yield Stage(f"phase2{end}", two, count[2])
-            G1, D_m, styles = two.G1, two.D_m, styles_of(two.E_s, task.unlabelled)
+            G1, D_m = two.G1, two.D_m
+            styles = styles_of(two.E_s, task.unlabelled)
             S2 = paint_pairs(two.G2, task.labelled, n_painted, torch.initial_seed(), styles)
             partners = {"G2": two.G2, "E_s": two.E_s, "S2": S2}
         start = copy.deepcopy(blank) if scratch else with_weights(blank, G1)
-        three = (final_class or Phase3)(start, task, D_m=D_m, S=S, **{**partners, **labelled, **third})
+        options = {**partners, **third}
+        three = (final_class or Phase3)(start, task, D_m=D_m, S=S, **options)
         one = yield Stage(f"phase3{end}", three, count[3], scored=True)
     return one

@@ -32,7 +32,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError
 def unreadable(
     path: str | Path,
     e: Exception,
-    remedy: str = "replace it with a whole copy, or remove it",  # for a file that is there and broken
+    remedy: str = "replace it with a whole copy, or remove it",  # of a broken file
 ) -> UserError:
     "What to say of a file that cannot be read: a lost, a forbidden or a broken one"
     if isinstance(e, FileNotFoundError):
@@ -76,7 +76,7 @@ def read_image(
     path: str | Path,  # any picture that PIL reads; grey ones become three equal channels
     size: tuple | None = None,  # (H,W): bilinear with antialiasing; None keeps the native size
     stretch: bool = False,  # spread the values between the 1 and 99.8 percentiles over 0..255
-    white: float | None = None,  # of more than 8 bits: the value that becomes 255; None: `white_of` this file
+    white: float | None = None,  # of more than 8 bits: the value of 255; None: `white_of` this file
 ) -> Tensor:  # uint8 (3,H,W)
     "Read an image upright and as RGB; raises `UserError` naming the file"
     picture = _eight_bits(ImageOps.exif_transpose(_open(path)), stretch, white)
@@ -96,7 +96,7 @@ def _eight_bits(picture: Image.Image, stretch: bool, white: float | None) -> Ima
 
 # %% ../nbs/50_pictures.ipynb #read-mask
 def read_mask(
-    path: str | Path,  # a picture whose pixel VALUES are class ids (palette or grey), or a .mat file of SBD
+    path: str | Path,  # a picture whose pixel VALUES are class ids, or a .mat file of SBD
     size: tuple | None = None,  # (H,W): nearest pixel; None keeps the native size
     table: Tensor | None = None,  # uint8 (256): value in the file -> class id
 ) -> Tensor:  # uint8 (H,W)
@@ -131,7 +131,7 @@ def _read_mat(path: str | Path) -> Image.Image:
 
 # %% ../nbs/50_pictures.ipynb #image-size
 def _says_turned(path: str | Path) -> bool:
-    "Has a PNG file a chunk that may hold a camera's rotation flag? It stands behind the pixels at times"
+    "May a PNG file hold a camera's rotation flag? Its chunk stands behind the pixels at times"
     with open(path, "rb") as f:
         f.seek(8)
         while len(head := f.read(8)) == 8:
@@ -143,19 +143,24 @@ def _says_turned(path: str | Path) -> bool:
     return False
 
 
+def _on_side(picture: Image.Image) -> bool:
+    "Does the file say that the camera held the picture on its side?"
+    return picture.getexif().get(274, 1) >= 5
+
+
 def image_size(path: str | Path) -> tuple:
-    "(H,W) as `read_image` gives it, decoding only where it must; raises `UserError` for a broken file"
+    "(H,W) as `read_image` gives it, decoding only where it must; `UserError` for a broken file"
     try:
         with Image.open(path) as picture:
             kind = picture.format
             with open(path, "rb") as f:
                 f.seek(max(0, Path(path).stat().st_size - 32))
                 whole = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind, b"") in f.read()
-            flagged = kind != "PNG" or _says_turned(path)
-            if not whole or (kind == "PNG" and flagged): picture.load()  # an unusual end may hide a loss
-            lying = flagged and kind != "TIFF" and picture.getexif().get(274, 1) >= 5  # PIL turns TIFF itself
+            flag = kind != "PNG" or _says_turned(path)
+            if not whole or (kind == "PNG" and flag): picture.load()  # an odd end may hide a loss
+            on_side = flag and kind != "TIFF" and _on_side(picture)  # PIL turns TIFF itself
             w, h = picture.size
-            return (w, h) if lying else (h, w)
+            return (w, h) if on_side else (h, w)
     except UNREADABLE as e: raise unreadable(path, e) from None
 
 # %% ../nbs/50_pictures.ipynb #item
@@ -171,14 +176,15 @@ def look_at(
     item: Item,
     table: Tensor | None = None,  # uint8 (256): value in the mask file -> class id
 ) -> tuple:  # (H,W), int64 (256) or None
-    "Size of the image, histogram of the mask; raises `UserError` when the two do not belong together"
+    "Size of the image, histogram of the mask; raises `UserError` when the two do not fit together"
     size = image_size(item.image)
     if item.mask is None: return size, None
     mask = read_mask(item.mask, table=table)
     if tuple(mask.shape) != size:
-        lying = tuple(mask.shape) == size[::-1] and Image.open(item.image).getexif().get(274, 1) >= 5
-        hint = (": the camera held the picture on its side and says so in the file, so turn the mask "
-                "upright as well" if lying else ": both must have the same width and height")
+        hint = ": both must have the same width and height"
+        if tuple(mask.shape) == size[::-1] and _on_side(Image.open(item.image)):
+            hint = (": the camera held the picture on its side and says so in the file, so turn "
+                    "the mask upright as well")
         raise UserError(f"Mask '{item.mask}' is {mask.shape[1]} x {mask.shape[0]} pixels, but its "
                         f"image '{item.image.name}' is {size[1]} x {size[0]}{hint}.")
     return size, histogram_of(mask)
@@ -217,7 +223,7 @@ def survey(
 
 # %% ../nbs/50_pictures.ipynb #blurred
 def _check_blur(items: Sequence, histograms: Sequence) -> None:
-    "Raise `UserError` when most masks hold many rare values beside a few frequent ones: blended ones"
+    "Raise `UserError` when most masks hold many rare, blended values beside a few frequent ones"
     blurred = []
     for item, histogram in zip(items, histograms):
         frequent = int((histogram > 0.005 * histogram.sum()).sum())
@@ -228,8 +234,8 @@ def _check_blur(items: Sequence, histograms: Sequence) -> None:
     for v in total.argsort(descending=True).tolist():  # of neighbours only the most frequent
         if total[v] > 0.02 * total.sum() and all(abs(v - p) > 8 for p in peaks): peaks.append(v)
     likely = ", ".join(map(str, sorted(peaks)))
-    raise UserError(f"Mask '{blurred[0].mask}' holds "
-                    f"{int((histograms[items.index(blurred[0])] > 0).sum())} values, most of them "
+    n_values = int((histograms[items.index(blurred[0])] > 0).sum())
+    raise UserError(f"Mask '{blurred[0].mask}' holds {n_values} values, most of them "
                     f"in a few pixels, and so do {len(blurred) - 1} others: blurred masks, in "
                     f"which only {likely} look like classes. Save them again without smoothing or "
                     "JPEG, with the class ids 0, 1, 2, ...")
@@ -258,7 +264,8 @@ def check_colours(
                 palette = picture.getpalette() if picture.mode == "P" else None
         except UNREADABLE as e: raise unreadable(item.mask, e) from None
         if palette is None: continue
-        ids = [v for v in histogram.nonzero().flatten().tolist() if v != IGNORE and 3 * v + 3 <= len(palette)]
+        present = histogram.nonzero().flatten().tolist()
+        ids = [v for v in present if v != IGNORE and 3 * v + 3 <= len(palette)]
         colours = {v: tuple(palette[3 * v:3 * v + 3]) for v in ids}
         often = Counter(colours.values())
         for v, colour in colours.items():
@@ -275,7 +282,7 @@ def check_masks(
     histograms: Sequence,  # int64 (256) of their masks
     classes: tuple | None,  # names where they are known
 ) -> tuple:
-    "The classes, given or inferred from the masks; raises `UserError` when the values make no sense"
+    "The classes, known or inferred from the masks; `UserError` when the values make no sense"
     total = torch.stack(list(histograms)).sum(0)
     present = [v for v in total.nonzero().flatten().tolist() if v != IGNORE]
     first = next((i for i, h in zip(items, histograms) if h[IGNORE]), items[0])

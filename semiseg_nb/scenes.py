@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASSES', 'PALETTE', 'STYLES', 'MIN_SIZE', 'CLUTTER', 'OBJECTS', 'SLOTS', 'GOLDEN', 'LAYOUT', 'LOOK', 'COUNT',
            'BLOTCH', 'LIGHT', 'STYLE', 'BANK', 'ELLIPSE', 'RECTANGLE', 'TRIANGLE', 'FAMILY', 'ASPECT', 'TEXTURES',
-           'PERIOD', 'HUE', 'SHIFTS', 'make_scenes']
+           'PERIOD', 'HUE', 'SHIFTS', 'make_scenes', 'box_sums', 'one_object']
 
 # %% ../nbs/01_scenes.ipynb #imports
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from numbers import Real
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .core import UserError, one_of
@@ -359,3 +360,37 @@ def make_scenes(
         image, masks[part] = _render(index[part], int(size), style, float(strength), float(plain))
         images[part] = np.clip(image * 255 + np.float32(0.5), 0, 255).astype(np.uint8)
     return torch.from_numpy(images), torch.from_numpy(masks)
+
+# %% ../nbs/01_scenes.ipynb #one-object
+def box_sums(
+    x: Tensor,  # (...,H,W) float, sums below 2^24 are exact
+    side: int,
+) -> Tensor:  # (...,H-side+1,W-side+1)
+    "Sum over every square window from four corners of the cumulative sums, whatever the side"
+    c = F.pad(x.cumsum(-1).cumsum(-2), (1, 0, 1, 0))
+    above, below = c[..., :-side, :], c[..., side:, :]
+    return below[..., side:] - above[..., side:] - below[..., :-side] + above[..., :-side]
+
+
+def one_object(
+    masks: Tensor,  # uint8 (N,H,W) with classes 0..K-1
+    n_classes: int,
+    side: int,  # of the windows
+) -> tuple:  # (M,) row of each window in `masks`, (M,) its class, (M,2) its top and left
+    "Windows with one object in the middle, most of it inside: at most one per image and class"
+    hot = F.one_hot(masks.long(), n_classes).movedim(3, 1)[:, 1:].float()  # objects only
+
+    def count(m: int) -> Tensor:
+        "Pixels of each class inside every window, without a rim of m pixels"
+        inside = box_sums(hot, side - 2 * m)
+        return inside[..., m:inside.shape[-2] - m, m:inside.shape[-1] - m]
+
+    whole, inner = count(0), count(2)
+    others, cut_off = whole.sum(1, keepdim=True) - whole, whole - inner
+    fits = inner - 2 * others - 6 * cut_off
+    central = fits + count(side // 4) + count(3 * side // 8)  # in the middle, please
+    at = central.flatten(2).argmax(2)
+    best = fits.flatten(2).gather(2, at[..., None])[..., 0]
+    rows, kinds = (best > 0.15 * side**2).nonzero().unbind(1)
+    at = at[rows, kinds]
+    return rows, kinds + 1, torch.stack([at // fits.shape[3], at % fits.shape[3]], 1)

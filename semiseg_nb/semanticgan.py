@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .adversarial import answer
+from .adversarial import answer, d_loss, g_loss, r1_penalty
 from .checkpoint import read_weights, save_weights
 from .clock import Clock
 from .core import EMA, IGNORE, Count, Fraction, NonNegative, Positive, UserError, checked
@@ -31,12 +31,9 @@ from semiseg_nb.stylegan2 import (
     Discriminator,
     Generator,
     channels_for,
-    d_loss,
-    g_loss,
     lazy_adam,
     noise_rng,
     path_length,
-    r1_penalty,
     side_of,
     styles,
     truncate,

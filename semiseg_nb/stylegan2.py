@@ -6,30 +6,20 @@
 __all__ = ['FILTER', 'FORMS', 'CHANNELS', 'EqualLinear', 'EqualConv2d', 'fused_lrelu', 'upfirdn2d', 'Resample', 'upsample',
            'downsample', 'blur_before', 'blur_after', 'demodulation', 'scaled', 'grouped', 'convolve', 'ModulatedConv',
            'channels_for', 'StyledConv', 'ToMap', 'to_style', 'mixture_of', 'draw_maps', 'truncate', 'Generator',
-           'minibatch_std', 'Block', 'Discriminator', 'd_loss', 'g_loss', 'r1_penalty', 'path_penalty', 'lazy_adam',
-           'side_of', 'latents', 'noise_rng', 'styles', 'path_length', 'StyleGAN2', 'block_features', 'frechet']
+           'minibatch_std', 'Block', 'Discriminator', 'path_penalty', 'lazy_adam', 'side_of', 'latents', 'noise_rng',
+           'styles', 'path_length', 'StyleGAN2']
 
 # %% ../nbs/40_stylegan2.ipynb #imports
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adversarial import answer
+from .adversarial import answer, d_loss, g_loss, r1_penalty
 from .clock import Clock
-from semiseg_nb.core import (
-    EMA,
-    Count,
-    Fraction,
-    NonNegative,
-    Positive,
-    UserError,
-    checked,
-    one_of,
-)
+from .core import EMA, Count, Fraction, NonNegative, Positive, UserError, checked, one_of
 from .data import Task
 from .engine import Method
 from .ganaugment import augmentation, random_flip
@@ -440,32 +430,6 @@ class Discriminator(nn.Module):
         y = fused_lrelu(self.last(minibatch_std(self.features(x)[-1])))
         return self.out(fused_lrelu(self.hidden(y.flatten(1)))).float()
 
-# %% ../nbs/40_stylegan2.ipynb #losses
-def d_loss(
-    real: Tensor, fake: Tensor,  # (B,1) logits
-) -> Tensor:  # scalar; 2 ln 2 when the discriminator has no idea
-    "What the discriminator minimises: real up, generated down"
-    return F.softplus(-real).mean() + F.softplus(fake).mean()
-
-
-def g_loss(
-    fake: Tensor,  # (B,1) logits of the discriminator
-) -> Tensor:  # scalar
-    "What the generator minimises: be taken for real; steepest where D is sure that it is not"
-    return F.softplus(-fake).mean()
-
-# %% ../nbs/40_stylegan2.ipynb #r1
-def r1_penalty(
-    D: Callable,  # images to logits; with augmentation: lambda x: D(T(x))
-    x: Tensor,  # (B,C,H,W) real
-    gamma: float,
-) -> Tensor:  # scalar: gamma/2 times the squared gradient, summed over pixels, averaged over images
-    "Keep the discriminator flat around real images (arXiv 1801.04406), always in float32"
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.detach().float().requires_grad_()
-        slope, = torch.autograd.grad(D(x).sum(), x, create_graph=True)
-        return gamma / 2 * slope.square().sum() / len(x)
-
 # %% ../nbs/40_stylegan2.ipynb #path
 def path_penalty(
     image: Tensor,  # (B,C,H,W) = synthesis(w)[0], with its graph
@@ -645,24 +609,3 @@ class StyleGAN2(Method):
                         "and see 41_semanticgan for labels.")
 
     def lr_factor(self, clock): return 1.0
-
-# %% ../nbs/40_stylegan2.ipynb #frechet
-def block_features(
-    x: Tensor,  # (N,3,S,S) in [0,1], S at least 8
-) -> Tensor:  # (N,96) float64
-    "Mean and spread of each colour in the 16 squares of an image"
-    blocks = x.double().unflatten(2, (4, -1)).unflatten(4, (4, -1))        # (N,3,4,S/4,4,S/4)
-    return torch.cat([blocks.mean((3, 5)).flatten(1), blocks.std((3, 5)).flatten(1)], 1)
-
-
-def frechet(
-    a: Tensor, b: Tensor,  # (N,F) and (M,F) features
-) -> Tensor:  # scalar, 0 for equal means and covariances
-    "Distance between two clouds as if they were Gaussians; FID when the features are Inception's"
-    def root(m):
-        value, vector = torch.linalg.eigh(m)
-        return vector * value.clamp(min=0).sqrt() @ vector.T
-    first, second = torch.cov(a.T).view(a.shape[1], -1), torch.cov(b.T).view(b.shape[1], -1)
-    half = root(first)
-    spread = first + second - 2 * root(half @ second @ half)
-    return (a.mean(0) - b.mean(0)).square().sum() + spread.trace()

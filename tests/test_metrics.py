@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from semiseg_nb.core import UserError
-from semiseg_nb.metrics import SegmentationMetrics
+from semiseg_nb.metrics import SegmentationMetrics, block_features, frechet
 
 
 def batch(seed=0, n=6, c=5, size=(24, 20), ignore=0.1):
@@ -136,3 +136,17 @@ def test_a_label_that_is_no_class_is_named(value):
     metrics = SegmentationMetrics(5)
     with pytest.raises(UserError, match=f"value {value}, but with 5 classes only 0 to 4 and 255"): metrics.update(logits, labels)
     assert int(metrics.matrix.confmat.sum()) == 0
+
+
+def test_frechet_distance_by_hand():
+    x = torch.randn(3000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert abs(frechet(x, x)) < 1e-9 and abs(frechet(x, x + torch.tensor([3.0, 0, 4, 0])) - 25) < 1e-8
+    assert abs(frechet(x, 3 * x) - (4 * x.mean(0).square().sum() + 4 * torch.cov(x.T).trace())) < 1e-8      # (3 - 1)² of the variance
+    assert torch.allclose(frechet(x, x[:99] ** 2), frechet(x[:99] ** 2, x))
+
+
+def test_block_features_are_mean_and_spread_of_sixteen_squares():
+    x = torch.zeros(1, 3, 8, 8)
+    x[0, 1, 2:4, 6:8] = torch.tensor([[1.0, 0], [1, 0]])
+    s = block_features(x)[0]
+    assert s.shape == (96,) and s[16 + 4 + 3] == 0.5 and abs(s[48 + 16 + 4 + 3] - math.sqrt(1 / 3)) < 1e-9 and s.count_nonzero() == 2

@@ -23,7 +23,7 @@ HOME = {  # piece of this package -> its module
     "object_boxes": "cct", "sub_boxes": "cct", "g_cutout": "cct",
     "FCDiscriminator": "adversarial", "bce_map": "adversarial", "REAL": "adversarial", "FAKE": "adversarial", "PatchDiscriminator": "adversarial", "Pool": "adversarial",
     "upfirdn2d": "stylegan2", "minibatch_std": "stylegan2", "ModulatedConv": "stylegan2", "Generator": "stylegan2", "Discriminator": "stylegan2",
-    "r1_penalty": "stylegan2", "path_penalty": "stylegan2",
+    "r1_penalty": "adversarial", "path_penalty": "stylegan2",
     "inversion_lr": "inversion", "sharp_cross_entropy": "inversion", "squared_dice_loss": "inversion",
 }
 

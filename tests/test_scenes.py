@@ -7,7 +7,7 @@ import torch
 from matplotlib.colors import rgb_to_hsv
 
 from semiseg_nb.core import UserError
-from semiseg_nb.scenes import CLASSES, HUE, PALETTE, STYLES, make_scenes
+from semiseg_nb.scenes import CLASSES, HUE, PALETTE, STYLES, box_sums, make_scenes, one_object
 
 SHIFTS = STYLES[1:]
 SHARE, MEAN = [0.60544, 0.10107, 0.11212, 0.07539, 0.10598], [95.13, 93.77, 91.36]  # of scenes 0..63: classes, and red, green, blue
@@ -137,3 +137,17 @@ def test_throughput_is_printed():
     rate = 500 / (time.perf_counter() - start)
     print(f"{rate:.0f} scenes a second at 64 px")
     assert rate > 100  # far below what any machine should reach: only a Python loop over images is this slow
+
+
+def test_a_window_holds_one_whole_object():
+    masks = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    masks[0, 2:7, 8:13], masks[1, 0:6, 0:6] = 2, 1                                         # whole; cut off by the border of the scene
+    rows, kinds, corners = one_object(masks, 3, 9)
+    assert rows.tolist()[0] == 0 and kinds.tolist()[0] == 2 and 2 not in rows, "a scene without an object gives no window"
+    top, left = corners[0].tolist()
+    assert top <= 2 and top + 9 >= 7 and left <= 8 and left + 9 >= 13
+
+
+def test_windows_are_summed_as_by_a_loop():
+    x = torch.randn(2, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(box_sums(x, 3), torch.nn.functional.avg_pool2d(x[None], 3, 1)[0] * 9)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from helpers import NoMask
 from torch import nn
 
-from semiseg_nb.catalogue import box_sums, load_task, one_object
+from semiseg_nb.adversarial import d_loss, g_loss, r1_penalty
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
 from semiseg_nb.engine import evaluate, fit, make_accelerator, optimise, prepare
@@ -24,19 +25,14 @@ from semiseg_nb.stylegan2 import (
     Generator,
     ModulatedConv,
     StyleGAN2,
-    block_features,
     channels_for,
-    d_loss,
     downsample,
-    frechet,
     fused_lrelu,
-    g_loss,
     grouped,
     latents,
     lazy_adam,
     minibatch_std,
     path_penalty,
-    r1_penalty,
     scaled,
     styles,
     truncate,
@@ -80,22 +76,6 @@ def train(m, task, steps=3, **more):
 def same(a, b):
     one, two = a.state_dict(), b.state_dict()
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-
-
-# ---------------------------------------------------------------- portraits
-
-def test_a_portrait_holds_one_whole_object():
-    masks = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    masks[0, 2:7, 8:13], masks[1, 0:6, 0:6] = 2, 1                                         # whole; cut off by the border of the scene
-    rows, kinds, corners = one_object(masks, 3, 9)
-    assert rows.tolist()[0] == 0 and kinds.tolist()[0] == 2 and 2 not in rows, "a scene without an object gives no window"
-    top, left = corners[0].tolist()
-    assert top <= 2 and top + 9 >= 7 and left <= 8 and left + 9 >= 13
-
-
-def test_windows_are_summed_as_by_a_loop():
-    x = randn(2, 7, 9, dtype=torch.float64)
-    assert torch.allclose(box_sums(x, 3), F.avg_pool2d(x[None], 3, 1)[0] * 9)
 
 
 # ---------------------------------------------------------------- equalised layers
@@ -599,19 +579,3 @@ def test_bf16_gives_finite_float32_losses(task):
     with torch.autocast("cpu", torch.bfloat16):
         losses = {k: v for _, ls, *_ in m.updates(*batch(task), Clock(0, 10)) for k, v in ls.items()}
     assert set(losses) == {"d", "r1", "g", "path"} and all(torch.isfinite(v) and v.dtype == torch.float32 for v in losses.values())
-
-
-# ---------------------------------------------------------------- the distance
-
-def test_frechet_distance_by_hand():
-    x = randn(3000, 4, dtype=torch.float64)
-    assert abs(frechet(x, x)) < 1e-9 and abs(frechet(x, x + torch.tensor([3.0, 0, 4, 0])) - 25) < 1e-8
-    assert abs(frechet(x, 3 * x) - (4 * x.mean(0).square().sum() + 4 * torch.cov(x.T).trace())) < 1e-8      # (3 - 1)² of the variance
-    assert torch.allclose(frechet(x, x[:99] ** 2), frechet(x[:99] ** 2, x))
-
-
-def test_block_features_are_mean_and_spread_of_sixteen_squares():
-    x = torch.zeros(1, 3, 8, 8)
-    x[0, 1, 2:4, 6:8] = torch.tensor([[1.0, 0], [1, 0]])
-    s = block_features(x)[0]
-    assert s.shape == (96,) and s[16 + 4 + 3] == 0.5 and abs(s[48 + 16 + 4 + 3] - math.sqrt(1 / 3)) < 1e-9 and s.count_nonzero() == 2
