@@ -272,6 +272,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'semiseg_nb.checkpoint.load_weights': ('checkpoint.html#load_weights', 'semiseg_nb/checkpoint.py'),
                                        'semiseg_nb.checkpoint.plain': ('checkpoint.html#plain', 'semiseg_nb/checkpoint.py'),
                                        'semiseg_nb.checkpoint.read_bytes': ('checkpoint.html#read_bytes', 'semiseg_nb/checkpoint.py'),
+                                       'semiseg_nb.checkpoint.read_card': ('checkpoint.html#read_card', 'semiseg_nb/checkpoint.py'),
                                        'semiseg_nb.checkpoint.read_state': ('checkpoint.html#read_state', 'semiseg_nb/checkpoint.py'),
                                        'semiseg_nb.checkpoint.read_weights': ('checkpoint.html#read_weights', 'semiseg_nb/checkpoint.py'),
                                        'semiseg_nb.checkpoint.rng_state': ('checkpoint.html#rng_state', 'semiseg_nb/checkpoint.py'),
