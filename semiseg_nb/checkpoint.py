@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARK', 'STATE', 'RUN', 'fingerprint', 'plain', 'write_state', 'read_bytes', 'read_state', 'rng_state',
            'set_rng_state', 'difference', 'is_turn', 'weights_of', 'tensors_of', 'Saver', 'check_tensors',
-           'check_memory_of', 'row_is_sane', 'check_state', 'weights_path', 'save_weights', 'read_weights',
+           'check_memory_of', 'row_is_sane', 'check_state', 'weights_path', 'save_weights', 'read_weights', 'read_card',
            'load_weights']
 
 # %% ../nbs/07_checkpoint.ipynb #imports
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .core import UserError, atomic_write, clear_temporaries, read_json
+from .core import Output, UserError, atomic_write, clear_temporaries, read_json
 
 # %% ../nbs/07_checkpoint.ipynb #fingerprint
 def fingerprint(
@@ -41,57 +41,63 @@ def fingerprint(
     return h.hexdigest()[:16]
 
 
-def plain(value):
-    "The same value in types that every reader knows: numbers and names of NumPy, paths and sets become Python's own"
+def plain(
+    value: object,  # numbers of NumPy, paths and sets become Python's own
+) -> object:
+    "The same value in types that every reader knows"
     if isinstance(value, np.generic): return value.item()
     if isinstance(value, Tensor) and value.ndim == 0: return value.item()
     if isinstance(value, np.ndarray): return value.tolist()
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)): return [plain(v) for v in value]
-    return value if value is None or isinstance(value, (bool, int, float, str, Tensor)) else str(value)
+    if value is None or isinstance(value, (bool, int, float, str, Tensor)): return value
+    return str(value)
 
 # %% ../nbs/07_checkpoint.ipynb #state
 MARK = b"\nsemiseg_nb sha256 "
 
 
 def write_state(
-    path,
+    path: str | Path,
     state: dict,  # plain values and tensors
 ) -> Path:
-    "Write a dictionary whole or not at all, with a checksum; raises `UserError` when the disk refuses"
-    def write(f):
+    "Write a dictionary whole or not at all, with a checksum; `UserError` when the disk refuses"
+    def write(f: Output) -> None:
         torch.save(state, f)
         f.write(MARK + f.sha256.hexdigest().encode())
     return atomic_write(path, write)
 
 
 def read_bytes(
-    path,
+    path: str | Path,
     what: str,  # how the file is called in the sentence
 ) -> bytes:
     "A whole file; raises `UserError` that tells a missing file from one that may not be read"
     try: return Path(path).read_bytes()
-    except FileNotFoundError: raise UserError(f"There is no {what} {path}: give the path of one.") from None
+    except FileNotFoundError:
+        raise UserError(f"There is no {what} {path}: give the path of one.") from None
     except OSError as e:
-        raise UserError(f"The {what} {path} cannot be read ({e.strerror}): check the permissions of file and disk.") from None
+        raise UserError(f"The {what} {path} cannot be read ({e.strerror}): "
+                        "check the permissions of file and disk.") from None
 
 
 def read_state(
-    path,
+    path: str | Path,
     what: str = "checkpoint",  # how the file is called in the sentence
     remedy: str = "choose another out_dir, or resume=False to start again",
 ) -> dict:
-    "Read what `write_state` wrote; raises `UserError` for a file that is missing, damaged, or something else"
-    data = read_bytes(path, what)
-    body, mark, told = data.rpartition(MARK)
+    "Read a file of `write_state`; `UserError` when it is missing, damaged, or something else"
+    body, mark, checksum = read_bytes(path, what).rpartition(MARK)
     if not mark:
-        raise UserError(f"{path} is no whole {what} of this version of semiseg_nb (its checksum is missing): {remedy}.")
-    if hashlib.sha256(body).hexdigest().encode() != told:
+        raise UserError(f"{path} is no whole {what} of this version of semiseg_nb "
+                        f"(its checksum is missing): {remedy}.")
+    if hashlib.sha256(body).hexdigest().encode() != checksum:
         raise UserError(f"{path} is damaged (its checksum does not match its content): {remedy}.")
+    other = UserError(f"{path} holds something else than a {what}: {remedy}.")
     try: state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, AttributeError):
-        raise UserError(f"{path} holds something else than a {what}: {remedy}.") from None
-    if not isinstance(state, dict): raise UserError(f"{path} holds something else than a {what}: {remedy}.")
+        raise other from None
+    if not isinstance(state, dict): raise other
     return state
 
 # %% ../nbs/07_checkpoint.ipynb #rng
@@ -99,7 +105,11 @@ def rng_state() -> dict:
     "State of the global random generators of this process, in plain types"
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
-    state = {"python": [version, list(words), gauss], "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
+    state = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available(): state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -169,8 +179,13 @@ class Saver:
         "Whether there is a checkpoint"
         return self.path is not None and self.path.exists()
 
-    def save(self, method: nn.Module, run, step: int) -> None:
-        "Write the state after so many steps, whole or not at all; raises `UserError` for a full disk"
+    def save(
+        self,
+        method: nn.Module,
+        run: object,  # an `engine.Run`
+        step: int,
+    ) -> None:
+        "Write the state after so many steps, whole or not at all; `UserError` for a full disk"
         rngs = gather_object([rng_state()])
         if self.accelerator.is_main_process:
             write_state(self.path, {
@@ -184,7 +199,12 @@ class Saver:
             })
         self.saved = f"the last good checkpoint is step {step} in {self.path}"
 
-    def start(self, method: nn.Module, run, resume: bool) -> int:
+    def start(
+        self,
+        method: nn.Module,
+        run: object,  # an `engine.Run`
+        resume: bool,
+    ) -> int:
         "The steps that are done: 0, or those of the checkpoint, whose state is loaded"
         if not self.exists(): return 0
         if resume: return self.restore(method, run)
@@ -198,17 +218,22 @@ class Saver:
         whose = f"of another run ({other})" if other else "of this run"
         return f"resume=False: {self.path} {whose} will be replaced"
 
-    def restore(self, method: nn.Module, run) -> int:
-        "Load method, optimisers and run: the steps that are done; raises `UserError` for another run's"
+    def restore(
+        self,
+        method: nn.Module,
+        run: object,  # an `engine.Run`
+    ) -> int:  # the steps that are done
+        "Load method, optimisers and run; raises `UserError` for the checkpoint of another run"
         remedy = "choose another out_dir, or resume=False to start again"
         state = read_state(self.path)
         check_state(state, self.path, run.steps, self.accelerator.num_processes, remedy)
         theirs = state["identity"]
         mine = dict(self.identity)
-        if theirs.get("initial weights") != mine["initial weights"]:
+        start = theirs.get("initial weights")
+        if start != mine["initial weights"]:
             now, then = weights_of(method), state["method"]
             same = fingerprint({k: then[k] for k in now if k in then}) == fingerprint(now)
-            if same: mine["initial weights"] = theirs.get("initial weights")  # this run made it of them
+            if same: mine["initial weights"] = start  # this run made it of them
         other = difference(theirs, mine)
         if other: raise UserError(f"{self.path} belongs to a run with {other}: {remedy}.")
         self.identity = mine
@@ -272,7 +297,14 @@ def row_is_sane(row: dict) -> bool:
     return scored and {"step", "seconds", "lr"} <= row.keys()
 
 
-STATE = {"step": int, "identity": dict, "method": dict, "optimisers": dict, "rng": list, "run": dict}
+STATE = {
+    "step": int,
+    "identity": dict,
+    "method": dict,
+    "optimisers": dict,
+    "rng": list,
+    "run": dict,
+}
 RUN = {"history": list, "seconds": float, "images": int}
 
 
@@ -303,7 +335,7 @@ def check_state(
                         f"not of {processes}: {remedy}.")
 
 # %% ../nbs/07_checkpoint.ipynb #weights
-def weights_path(path) -> Path:
+def weights_path(path: str | Path) -> Path:
     "The path with `.safetensors` at its end"
     path = Path(path)
     return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
@@ -311,7 +343,7 @@ def weights_path(path) -> Path:
 
 def save_weights(
     net: nn.Module,
-    path,  # ".safetensors" is appended where it is missing
+    path: str | Path,  # ".safetensors" is appended where it is missing
     card: dict,  # plain values: what these weights are
 ) -> Path:
     "Write a network, its card and its fingerprint into one file"
@@ -324,47 +356,68 @@ def save_weights(
 
 # %% ../nbs/07_checkpoint.ipynb #read-weights
 def read_weights(
-    path,
+    path: str | Path,
 ) -> tuple[dict, dict]:  # tensors by name, and the card
-    "Read a file of `save_weights`; raises `UserError` when it is missing, damaged, or something else"
+    "Read a file of `save_weights`; `UserError` when it is missing, damaged, or something else"
     path = weights_path(path)
-    if not path.exists(): raise UserError(f"There is no weights file {path}: give the path of a .safetensors file.")
+    if not path.exists():
+        raise UserError(f"There is no weights file {path}: "
+                        "give the path of a .safetensors file.")
     read_bytes(path, "weights file")
     try:
         with safe_open(path, "pt") as f:
-            header, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
+            header = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as e:
-        raise UserError(f"{path} is no readable safetensors file ({str(e).splitlines()[0]}): copy or train it again.") from None
+        why = str(e).splitlines()[0]
+        raise UserError(f"{path} is no readable safetensors file ({why}): "
+                        "copy or train it again.") from None
     if "fingerprint" in header and header["fingerprint"] != fingerprint(tensors):
-        raise UserError(f"{path} is damaged (its fingerprint does not match its weights): copy or train it again.")
-    if "card sha256" in header and header["card sha256"] != hashlib.sha256(header.get("card", "").encode()).hexdigest():
-        raise UserError(f"{path} is damaged (its card does not match its checksum): copy or train it again.")
+        raise UserError(f"{path} is damaged (its fingerprint does not match its weights): "
+                        "copy or train it again.")
+    return tensors, read_card(path, header)
+
+
+def read_card(
+    path: Path,  # of the weights
+    header: dict[str, str],  # of the file
+) -> dict:
+    "The card in a file of weights, or beside it, or {}; raises `UserError` when it is damaged"
     beside = path.with_suffix(".json")
-    try: card = json.loads(header["card"]) if "card" in header else read_json(beside, "card") if beside.exists() else {}
-    except ValueError as e:
-        if isinstance(e, UserError): raise
-        raise UserError(f"The card inside {path} is damaged: copy or train it again.") from None
-    if not isinstance(card, dict): raise UserError(f"The card of {path} is no JSON object: copy or train the weights again.")
-    return tensors, card
+    if "card" in header:
+        found = hashlib.sha256(header["card"].encode()).hexdigest()
+        if header.get("card sha256", found) != found:
+            raise UserError(f"{path} is damaged (its card does not match its checksum): "
+                            "copy or train it again.")
+        try: card = json.loads(header["card"])
+        except ValueError:
+            raise UserError(f"The card inside {path} is damaged: copy or train it again.") from None
+    else: card = read_json(beside, "card") if beside.exists() else {}
+    if not isinstance(card, dict):
+        raise UserError(f"The card of {path} is no JSON object: copy or train the weights again.")
+    return card
 
 
 def load_weights(
     net: nn.Module,  # filled in place
-    path,
+    path: str | Path,
 ) -> dict:  # the card
-    "Load a file of `save_weights` into a network; raises `UserError` when they do not belong together"
+    "Load a file of `save_weights` into a network; `UserError` when they do not belong together"
     tensors, card = read_weights(path)
     state = net.state_dict()
     lost, extra = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
     if lost or extra:
         what = f"'{lost[0]}' is missing" if lost else f"'{extra[0]}' is unknown to it"
-        raise UserError(f"{path} holds another network ({what}): build the network that its card names.")
+        raise UserError(f"{path} holds another network ({what}): "
+                        "build the network that its card names.")
     for name, t in tensors.items():
-        if t.shape != state[name].shape:
-            raise UserError(f"{path} does not fit: '{name}' is {tuple(t.shape)} there and {tuple(state[name].shape)} here. "
+        there, here = tuple(t.shape), tuple(state[name].shape)
+        if there != here:
+            raise UserError(f"{path} does not fit: '{name}' is {there} there and {here} here. "
                             "Build the network with the width and classes that its card names.")
         if t.dtype != state[name].dtype or not torch.isfinite(t).all():
             kind = str(t.dtype).removeprefix("torch.")
-            raise UserError(f"{path} does not fit: '{name}' is {kind}, or holds nan: save it with save_weights, as the network has it.")
+            raise UserError(f"{path} does not fit: '{name}' is {kind}, or holds nan: "
+                            "save it with save_weights, as the network has it.")
     net.load_state_dict(tensors)
     return card

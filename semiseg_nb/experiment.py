@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABOVE', 'methods', 'can_run', 'find_method', 'needs_net', 'own_settings', 'Result', 'one_stage', 'stages_of',
-           'train_stages', 'run', 'new_network', 'request_name', 'run_folder', 'scores', 'recorded', 'params_of',
-           'whole_run', 'predictor']
+           'train_stages', 'run', 'new_network', 'request_name', 'run_folder', 'final_scores', 'without_files',
+           'recorded', 'params_of', 'whole_run', 'predictor']
 
 # %% ../nbs/60_experiment.ipynb #imports
 import hashlib
@@ -13,7 +13,7 @@ import importlib
 import inspect
 import json
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -75,7 +75,8 @@ def find_method(
         raise UserError(f"{what!r} is no method: give a name such as 'uda', "
                         "a class derived from Method, or a recipe.")
     if not getattr(what, "alone", True):
-        raise UserError(f"{what.__name__} is no whole method: run a recipe that it is a stage of, or call fit.")
+        raise UserError(f"{what.__name__} is no whole method: "
+                        "run a recipe that it is a stage of, or call fit.")
     if not getattr(what, "name", ""):
         raise UserError(f"{what.__name__} has no name for its record: give it one with the {kind}.")
     return what
@@ -194,10 +195,11 @@ def run(
     accelerator = accelerator or make_accelerator(device)
     network = {"model": model, "encoder": encoder, "width": width, "pretrained": pretrained,
                "weights": weights}
+    world = accelerator.num_processes
     request = {
         "method": what.name, "settings": own_settings(what) | settings, "net": network,
         "steps": steps, "batch_size": batch_size, "unlabelled_batch": unlabelled_batch,
-        "seed": seed, "clip": clip, "variant": variant, "score_on": score_on, "processes": accelerator.num_processes}
+        "seed": seed, "clip": clip, "variant": variant, "score_on": score_on, "processes": world}
     folder = None
     if out_dir is not None: folder = run_folder(Path(out_dir), request, task, data, accelerator)
 
@@ -211,15 +213,14 @@ def run(
         progress=progress)
 
     params = params_of(stages, what, settings, width, unlabelled_batch or batch_size, score_on)
-    world = accelerator.num_processes
     more = {"variant": variant, "clip": clip, "start": start,
             "processes": world if world > 1 else None}
     params |= {k: v for k, v in more.items() if v is not None}
-    extra = getattr(method, "extra", {})  # what a recipe adds: {"start": {"name": ..., "miou": ...}}
+    extra = getattr(method, "extra", {})  # of a recipe: {"start": {"name": ..., "miou": ...}}
     params |= {k: v["name"] for k, v in extra.items()}
     found = Result(method, {}, None, folder, {stage.name: run for stage, run in stages})
     whole = whole_run(stages)
-    for name, title, module, score in scores(what, method, stages, dataset, accelerator):
+    for name, title, module, score in final_scores(what, method, stages, dataset, accelerator):
         record = make_record(
             name, whole, task, score, params, model if needs_net(what) else method.model, encoder,
             bool(pretrained or weights), title) | extra
@@ -259,7 +260,7 @@ def run_folder(
     return folder
 
 
-def scores(
+def final_scores(
     what: type | Callable,
     method: Method,  # trained
     stages: list,  # of (stage, run)
@@ -275,11 +276,18 @@ def scores(
         yield name, title, module, score
 
 
+def without_files(value: object) -> object:
+    "A setting without its keys 'file': a path of one machine does not belong into a record"
+    if not isinstance(value, Mapping): return value
+    return {k: without_files(v) for k, v in value.items() if k != "file"}
+
+
 def recorded(stage: Stage, prefix: str = "") -> dict:
-    "The settings of a stage, for the record; `None`, networks and tensors are left out"
+    "The settings of a stage, for the record, without `None`, networks, tensors and paths of files"
     values = {k: getattr(v, "name", v) for k, v in settings_of_method(stage.method).items()}
     left_out = (type(None), nn.Module, Tensor)
-    return {f"{prefix}{k}": v for k, v in values.items() if not isinstance(v, left_out)}
+    return {f"{prefix}{k}": without_files(v)
+            for k, v in values.items() if not isinstance(v, left_out)}
 
 
 def params_of(
@@ -289,12 +297,13 @@ def params_of(
     width: int,
     unlabelled_batch: int,
     score_on: str,
-) -> dict:
-    "All settings for the record: of the last stage by their names, of others after the stage's name"
+) -> dict:  # of the last stage by their names, of others after the stage's name
+    "All settings for the record"
     params = {"width": width, "unlabelled_batch": unlabelled_batch, "scored_on": score_on}
     *others, last = [stage for stage, _ in stages]
     if not inspect.isclass(what):
-        params |= own_settings(what) | settings | {"class": type(last.method).__name__}
+        params |= without_files(own_settings(what) | settings)
+        params["class"] = type(last.method).__name__
     for stage in others:
         params |= recorded(stage, f"{stage.name} ") | {f"{stage.name} steps": stage.steps}
     return {k: v for k, v in (params | recorded(last)).items() if v is not None}

@@ -4,6 +4,9 @@ import errno
 import math
 import os
 import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -191,6 +194,29 @@ class Square(Shape):
 ])
 def test_a_setting_that_its_annotation_does_not_allow_is_refused(setting, said):
     with pytest.raises(UserError, match=said): Square(None, **setting)
+
+
+class Nested:
+    @core.checked
+    def __init__(self, *, storage: dict, channels: dict[int, int] | None = None, critic: Mapping = {}):
+        self.channels, self.critic, self.storage = channels, critic, storage
+
+
+@pytest.mark.parametrize("setting", [
+    dict(channels=64), dict(channels=[4, 8]), dict(channels=MappingProxyType({4: 8})), dict(critic="wide"), dict(critic=None), dict(critic=[("ndf", 8)]),
+    dict(storage=None), dict(storage="stride=4"),
+])
+def test_settings_of_a_part_are_a_dictionary(setting):
+    (name, value), = setting.items()
+    with pytest.raises(UserError) as refusal: Nested(**{"storage": {}} | setting)
+    assert str(refusal.value) == f"{name} is {value!r}, but it should be a dictionary of names and values."
+
+
+def test_a_dictionary_passes_as_it_is():
+    channels, critic, storage = {4: 8}, MappingProxyType({"ndf": 8}), OrderedDict(stride=4)
+    parts = Nested(channels=channels, critic=critic, storage=storage)
+    assert parts.channels is channels and parts.critic is critic and parts.storage is storage
+    assert Nested(storage={}, channels=None).channels is None and Nested(storage={}, critic={"ndf": 8}).critic == {"ndf": 8}
 
 
 def test_numbers_of_numpy_become_those_of_python():

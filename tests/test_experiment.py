@@ -8,7 +8,7 @@ from semiseg_nb.catalogue import load_task
 from semiseg_nb.checkpoint import fingerprint, load_weights
 from semiseg_nb.core import Fraction, UserError, Whole, checked
 from semiseg_nb.engine import Stage, fit, recipe
-from semiseg_nb.experiment import find_method, methods, needs_net, own_settings, run
+from semiseg_nb.experiment import find_method, methods, needs_net, own_settings, run, without_files
 from semiseg_nb.models import build_model
 from semiseg_nb.records import read_records
 from semiseg_nb.supervised import Supervised
@@ -143,6 +143,17 @@ def test_the_baseline_has_two_rows(task, tmp_path):
     assert result.record["method"] == "supervised_ema" and len({r["result"]["miou"] for r in records}) >= 1
     strong = run("supervised", task, **QUICK, records=tmp_path, settings={"views": "strong"})
     assert "supervised_strong" in {r["method"] for r in read_records(tmp_path)[0]} and strong.record["params"]["views"] == "strong"
+
+
+def test_a_file_of_one_machine_is_not_in_the_record(task, tmp_path):
+    def with_bank(name):
+        storage = {"stride": 2, "file": str(tmp_path / name)}
+        return run("temporal", task, **QUICK, settings={"storage": storage}, records=tmp_path / "records")
+    one, two = with_bank("one"), with_bank("two")
+    assert one.record["params"]["storage"] == {"stride": 2} and str(tmp_path) not in one.path.read_text()
+    assert one.path == two.path, "the same run, wherever its bank lies"
+    assert one.method.storage["file"] == str(tmp_path / "one"), "the method keeps its setting"
+    assert without_files({"later": {"storage": {"file": "a", "topk": 3}}, "steps": 4}) == {"later": {"storage": {"topk": 3}}, "steps": 4}
 
 
 def test_an_unlabelled_batch_of_its_own(task):
