@@ -1,6 +1,6 @@
 # make demo   install, then train the baseline and UDA on generated scenes and show what came out (5 minutes)
 # make test   install, then lint, check that notebooks and modules agree, and run every test and notebook
-# make lab    install, then open the notebooks in JupyterLab
+# make lab    install, then open a copy of the notebooks (_lessons) in JupyterLab: running them changes nothing here
 # Others: install, export (notebooks -> modules), readme, lint, clean
 
 SHELL := /bin/bash
@@ -45,8 +45,10 @@ demo: $(READY)
 test: lint
 	$(PY) -m pytest -n 2 --dist worksteal --durations 10
 
+# A file that is in _lessons already stays as it is: delete the folder for a fresh copy.
 lab: $(READY)
-	$(PY) -m jupyter lab --notebook-dir nbs
+	@$(PY) -m semiseg_nb lessons _lessons
+	$(PY) -m jupyter lab --notebook-dir _lessons/nbs
 
 export: $(READY)
 	$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"

@@ -104,9 +104,9 @@ def iterations(size, batch, accelerator, steps):
                                        ("CycleGAN", CycleGAN, target, 4, 4)):
         seed_everything(0)
         method = make(used)
-        prepare(method, accelerator)
+        prepare(method, used, n_l, n_u, accelerator)
         method.train()
-        batches = pairs(method, used, n_l, n_u, 0, 0, 0, 1, 0, accelerator.device)
+        batches = pairs(method, used, n_l, n_u, 0, 0, 0, accelerator)
 
         def run(method=method, batches=batches):
             for i in range(steps): one_step(method, *next(batches), Clock(MIDDLE + i, 10**6), accelerator)

@@ -8,6 +8,7 @@ GANs are timed by benchmarks/gan.py, against the same ceiling.
 Peak memory is what the tensors of one step take at most, beyond weights and optimiser, as PyTorch's allocator reports it.
 """
 import argparse
+import inspect
 import json
 import statistics
 import time
@@ -20,29 +21,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from semiseg_nb import engine
-from semiseg_nb.advsemiseg import AdvSemiSeg
 from semiseg_nb.augment import Policy
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import CCT
 from semiseg_nb.clock import Clock
-from semiseg_nb.core import EMA, atomic_write, seed_everything
+from semiseg_nb.core import EMA, atomic_write, one_of, seed_everything
 from semiseg_nb.engine import device_name, fit, make_accelerator, one_step, pairs, prepare
-from semiseg_nb.guidedmix import GuidedMix
+from semiseg_nb.experiment import methods
 from semiseg_nb.models import build_model
 from semiseg_nb.records import commit, versions
-from semiseg_nb.s4gan import S4GAN
-from semiseg_nb.supervised import Supervised
-from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling
-from semiseg_nb.uda import UDA
-from semiseg_nb.unimatch import CPS, ClassMix, CutMixSeg, FixMatch, UniMatch, UniMatchV2
 
 K = {4: "f_noise,f_drop,dropout,con_msk", 10: "f_noise:2,f_drop:2,dropout:2,con_msk:1,obj_msk:1,g_cutout:1,i_vat:1",
      30: "f_noise:6,f_drop:6,dropout:6,con_msk:2,obj_msk:2,g_cutout:6,i_vat:2"}  # 30 as in the authors' configuration
-METHODS = {
-    "supervised": Supervised, "uda": UDA, "temporal": TemporalEnsembling, "mean_teacher": MeanTeacher, "cutmix": CutMixSeg, "classmix": ClassMix,
-    "fixmatch": FixMatch, "cps": CPS, "unimatch": UniMatch, "unimatch_v2": UniMatchV2, "advsemiseg": AdvSemiSeg, "s4gan": S4GAN, "guidedmix": GuidedMix,
-    **{f"cct K={k}{', one by one' if saver else ''}": partial(CCT, kinds=kinds, saver=saver) for k, kinds in K.items() for saver in (False, True)},
-}
+METHODS = {name: what for name, what in methods().items() if inspect.isclass(what) and name != "cct"} | {
+    f"cct K={k}{', one by one' if saver else ''}": partial(CCT, kinds=kinds, saver=saver) for k, kinds in K.items() for saver in (False, True)}
 MIDDLE = 5 * 10**5  # steps are taken from the middle of a run of 10**6, when nothing warms up any more
 PARTS = ("data", "views", "forward", "backward", "optimiser", "average", "rest")
 
@@ -148,10 +140,11 @@ def main(a):
     runs = {}
     for model, width in a.models:
         for name in a.methods:
+            one_of(name, METHODS, "method")
             seed_everything(0)
             method = METHODS[name](build_model(model, task.n_classes, width=width, mean=task.mean), task, views="strong")
-            prepare(method, accelerator)
-            batches = pairs(method, task, a.batch_size, None, 0, 0, 0, 1, 0, device)
+            prepare(method, task, a.batch_size, a.batch_size, accelerator)
+            batches = pairs(method, task, a.batch_size, a.batch_size, 0, 0, 0, accelerator)
             method.train()
             measure(method, batches, accelerator, 3, MIDDLE)                      # warm up
             counts = flops_of(method, batches, accelerator), peak_memory(method, batches, accelerator)

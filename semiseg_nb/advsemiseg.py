@@ -44,6 +44,7 @@ def shared_pass(
 class AdvSemiSeg(Supervised):
     "A discriminator judges every pixel: it trains the network, and says which labels to trust"
     name, title, paper = "advsemiseg", "AdvSemiSeg", "arXiv 1802.07934"
+    baseline = {"adversarial": 0.0, "adversarial_u": 0.0, "self_training": 0.0}
     uses_unlabelled = True
 
     @checked

@@ -436,7 +436,7 @@ class TwoPlaces:
         self.n, self.file = n, BankFile(path, n, width)
         places, sums = self.file.notes.places, self.file.notes.sums
         self.live = torch.full_like(places, 2) if fresh else places.clone()
-        self.sums = sums.clone()  # of the rows in the live places
+        self.sums = torch.zeros_like(sums) if fresh else sums.clone()  # of rows in the live places
 
     def read(self, index: Tensor) -> Tensor:
         "Rows of these images, copied, zeros where there is none; `UserError` for a damaged one"
@@ -461,8 +461,8 @@ class TwoPlaces:
 
     def flush(self) -> None:
         "Make the current places the known ones"
-        known = self.file.notes
-        if not known.changed and torch.equal(self.live, known.places): return
+        known, empty = self.file.notes, bool((self.live == 2).all())
+        if empty or (not known.changed and torch.equal(self.live, known.places)): return
         self.file.flush()  # the rows first, then the note that they are the ones
         self.file.note(BankNotes(self.live.clone(), self.sums.clone(), known.flushes + 1))
 
@@ -495,7 +495,7 @@ class FileRows(nn.Module):
         self.two = TwoPlaces(path, n, width, fresh)
         self.register_buffer("live", self.two.live)  # the same tensors: a checkpoint sets them
         self.register_buffer("sums", self.two.sums)
-        self.register_buffer("flushes", torch.tensor(self.two.file.notes.flushes))
+        self.register_buffer("flushes", torch.tensor(0 if fresh else self.two.file.notes.flushes))
 
     def _apply(self, fn, recurse=True): return self  # a file does not move to another device
 
@@ -506,7 +506,8 @@ class FileRows(nn.Module):
     def flush(self) -> None:
         "Make what was written permanent"
         self.two.flush()
-        self.flushes.fill_(self.two.file.notes.flushes)
+        if (self.live < 2).any():  # an empty bank has no state
+            self.flushes.fill_(self.two.file.notes.flushes)
 
     def _save_to_state_dict(self, *args, **kwargs):
         self.flush()
@@ -514,6 +515,7 @@ class FileRows(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
+        if (self.live == 2).all(): return  # empty: it needs nothing of the file
         known = self.two.file.notes
         mine = BankNotes(self.live.clone(), self.sums.clone(), int(self.flushes))
         if not follows(known, mine):

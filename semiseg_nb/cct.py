@@ -440,6 +440,7 @@ class CCT(Supervised):
 class CCTWeak(CCT):
     "CCT whose auxiliary decoders also learn from pseudo-masks"
     name, title, paper = "cct_weak", "CCT with image-level tags", "arXiv 2003.09005"  # the recipe's
+    alone = False  # trained by the recipe
     baseline: ClassVar[dict] = {"weight": 0.0, "weak_weight": 0.0}
 
     @checked

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN_ONLY', 'sort_names', 'nested', 'read_parameters', 'comments_of', 'meanings', 'describe_method', 'train', 'score',
-           'report', 'show_methods', 'lessons_home', 'lessons', 'parser', 'main']
+           'report', 'show_methods', 'lessons_home', 'lessons', 'parser', 'parse', 'main']
 
 # %% ../nbs/62_command.ipynb #imports
 import argparse
@@ -214,12 +214,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def parse(words: list | None = None) -> argparse.Namespace:
+    "The parsed words; values NAME=VALUE may stand before and behind options"
+    p = parser()
+    parsed, rest = p.parse_known_args(words)
+    if any(word.startswith("-") or not hasattr(parsed, "values") for word in rest): p.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest: parsed.values += rest
+    return parsed
+
+# %% ../nbs/62_command.ipynb #main-function
 def main(words: list | None = None) -> None:
     "The console script: one sentence and exit status 1 for what a user can mend"
-    words, rest = parser().parse_known_args(words)
-    if rest and (not hasattr(words, "values") or any(word.startswith("-") for word in rest)):
-        parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest: words.values += rest  # NAME=VALUE may also stand behind the options
+    words = parse(words)
     try: words.act(words)
     except (UserError, NonFiniteLoss) as e: sys.exit(f"error: {e}")
     except KeyboardInterrupt as e: sys.exit(str(e) or "interrupted")

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['OF_ONE_RUN', 'read_start', 'part', 'start_label', 'load_start', 'begin', 'judge_losses', 'Continuation',
-           'SemiContinuation', 'WeakContinuation', 'continuation', 'row_name', 'result_rows', 'result_table']
+           'SemiContinuation', 'WeakContinuation', 'continuation', 'temporal_continued', 'row_name', 'result_rows',
+           'result_table']
 
 # %% ../nbs/21_continuation.ipynb #imports
 import hashlib
 import io
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import ClassVar
 
@@ -39,6 +41,7 @@ from .losses import cross_entropy, one_hot
 from .models import Segmenter, freeze_batch_norms
 from .supervised import Supervised, jointly, view
 from .tags import possible
+from .temporal import TemporalEnsembling
 
 # %% ../nbs/21_continuation.ipynb #read-start
 def read_start(
@@ -119,14 +122,19 @@ def begin(
     steps: int,  # of that training
     tag_steps: int,  # of its classifier, where there are tags
     cct: dict,  # its settings
-):  # returns what a record says of a given start
+) -> Generator:  # returns what a record says of a given start: {"start": {"name", "miou"}}, or {}
     "Stages after which the network is the start, BatchNorm frozen; none for a given checkpoint"
-    if start is not None: return load_start(net, start, task)
+    if start is not None:
+        state = read_start(start)
+        scores = [row["miou"] for row in state["run"].get("history", []) if "miou" in row]
+        miou = scores[-1] if scores else None
+        return {"start": {"name": load_start(net, state, task), "miou": miou}}
     if task.unlabelled.tags is None or task.unlabelled.crop:
         method = yield Stage("cct", CCT(net, task, **cct), steps)
     else: method = yield from cct_weak(net, task, steps, tag_steps=tag_steps, cct=cct)
     net.load_state_dict(method.ema.net.state_dict())
     freeze_batch_norms(net)
+    return {}
 
 # %% ../nbs/21_continuation.ipynb #critic
 def judge_losses(
@@ -312,13 +320,34 @@ def continuation(
     start_steps: Count = 1500,  # of that training
     tag_steps: Count = 300,  # of its classifier, where there are tags
     cct: dict | None = None,  # its settings
-    on: dict | None = None,  # settings of `WeakContinuation`; without tags of `SemiContinuation`
+    later: dict | None = None,  # settings of `WeakContinuation`; without tags of `SemiContinuation`
 ):
     "CCT, and on from there with own labels and a discriminator"
-    label = yield from begin(net, task, start, start_steps, tag_steps, cct or {})
-    method = SemiContinuation if task.unlabelled.tags is None else WeakContinuation
-    continued = method(net, task, start=label, **(on or {}))
-    return (yield Stage("continued", continued, steps, scored=True))
+    notes = yield from begin(net, task, start, start_steps, tag_steps, cct or {})
+    make = SemiContinuation if task.unlabelled.tags is None else WeakContinuation
+    method = make(net, task, start=notes["start"]["name"] if notes else None, **(later or {}))
+    method.extra = notes
+    return (yield Stage("continued", method, steps, scored=True))
+
+
+@recipe("temporal_continued", "Temporal Ensembling, continued", "KAIST poster, Team 20")
+@checked
+def temporal_continued(
+    net: Segmenter,
+    task: Task,
+    steps: Count,  # of the continuation
+    *,
+    start: str | None = None,  # checkpoint of CCT, the file or its folder; None: train one first
+    start_steps: Count = 1500,  # of that training
+    tag_steps: Count = 300,  # of its classifier, where there are tags
+    cct: dict | None = None,  # its settings
+    later: dict | None = None,  # settings of `TemporalEnsembling`
+):
+    "CCT, and on from there with a memory of what was said of every image"
+    notes = yield from begin(net, task, start, start_steps, tag_steps, cct or {})
+    method = TemporalEnsembling(net, task, **({"lr": 2e-4} | (later or {})))
+    method.extra = notes
+    return (yield Stage("continued", method, steps, scored=True))
 
 # %% ../nbs/21_continuation.ipynb #result-rows
 def row_name(record: dict) -> str:
@@ -326,8 +355,9 @@ def row_name(record: dict) -> str:
     p, method = record["params"], record["method"]
     known = {"Continuation": "adv", "SemiContinuation": "semi", "WeakContinuation": "semi+wsl"}
     if p.get("class") in known: return known[p["class"]]
-    if method.startswith("continuation_"): return method.removeprefix("continuation_")
-    if method != "continuation": return f"{method}, continued"
+    prefix = "continuation_"
+    if method.startswith(prefix): return method.removeprefix(prefix).replace("_", "+")
+    if method != "continuation": return f"{method.removesuffix('_continued')}, continued"
     if p.get("mode") in ("adv", "control", "cct"): return p["mode"]
     words = [p.get("mode", "semi+wsl")]
     if p.get("signal", "gate") != "gate": words.append(p["signal"])
@@ -344,7 +374,8 @@ def result_rows(
     def key(r):
         who = r["dataset"]["split_id"], r["seed"], r["model"], r["encoder"]
         return str([*who, *(r["params"].get(k) for k in same)])
-    mine = [r for r in records if isinstance(r.get("start"), dict)]
+    mine = [r for r in records
+            if isinstance(r.get("start"), dict) and r["start"]["miou"] is not None]
     control = {key(r): r["result"]["miou"] for r in mine if row_name(r) == "control"}
     rows = []
     for r in mine:
@@ -354,7 +385,7 @@ def result_rows(
                      "control": base, "miou": miou, "delta": delta})
     return sorted(rows, key=lambda r: (r["row"] != "control", r["row"], r["seed"]))
 
-
+# %% ../nbs/21_continuation.ipynb #result-table
 def result_table(rows: list[dict]) -> str:
     "The rows as Markdown; scores and differences in points of mIoU"
     def points(v, form=".1f"):

@@ -197,7 +197,8 @@ def passing(
 # %% ../nbs/42_cyclegan.ipynb #cyclegan
 class CycleGAN(Method):
     "Source images are `task.labelled`, target images `task.unlabelled`; masks guard the content at most"
-    title, paper = "CycleGAN, translators", "arXiv 1703.10593"  # no name: a stage of the recipe, no segmenter
+    title, paper = "CycleGAN, translators", "arXiv 1703.10593"
+    alone = False  # a stage of the recipe, no segmenter
 
     @checked
     def __init__(
@@ -284,6 +285,8 @@ class CycleGAN(Method):
 class PairSegmenter(Supervised):
     "A supervised segmenter that learns from translated pairs"
     name, title, paper = "cyclegan", "CycleGAN", "arXiv 1703.10593"
+    alone = False  # trained by the recipe
+    baseline = {}  # it is the baseline, on other images
 
 
 @recipe("cyclegan", "CycleGAN", "arXiv 1703.10593")

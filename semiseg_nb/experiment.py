@@ -23,7 +23,17 @@ from torch import Tensor, nn
 
 import semiseg_nb
 from .checkpoint import fingerprint, plain, save_weights
-from .core import Count, Positive, UserError, Whole, atomic_write, checked, defaults_of, one_of, seed_everything
+from semiseg_nb.core import (
+    Count,
+    Positive,
+    UserError,
+    Whole,
+    atomic_write,
+    checked,
+    defaults_of,
+    one_of,
+    seed_everything,
+)
 from .data import Labelled, Task
 from .engine import Method, Run, Stage, evaluate, fit, make_accelerator
 from .engine import settings as settings_of_method
@@ -51,7 +61,7 @@ def can_run(thing: object) -> bool:
     if inspect.isclass(thing): return issubclass(thing, Method) and thing.alone
     return inspect.isfunction(thing)
 
-
+# %% ../nbs/60_experiment.ipynb #find-method
 def find_method(
     what: str | type | Callable,  # a name, a `Method` class, or a recipe
 ) -> type | Callable:
@@ -64,6 +74,8 @@ def find_method(
     else:
         raise UserError(f"{what!r} is no method: give a name such as 'uda', "
                         "a class derived from Method, or a recipe.")
+    if not getattr(what, "alone", True):
+        raise UserError(f"{what.__name__} is no whole method: run a recipe that it is a stage of, or call fit.")
     if not getattr(what, "name", ""):
         raise UserError(f"{what.__name__} has no name for its record: give it one with the {kind}.")
     return what
@@ -130,8 +142,8 @@ def train_stages(
     stage = next(stages)
     while True:
         run = fit(
-            stage.method, stage.task or task, stage.steps, stage.batch_size or batch_size, seed=seed,
-            out_dir=folder and folder / stage.name, parents=tuple(parents),
+            stage.method, stage.task or task, stage.steps, stage.batch_size or batch_size,
+            seed=seed, out_dir=folder and folder / stage.name, parents=tuple(parents),
             checkpoint_every=checkpoint_every or max(1, stage.steps // 4),
             **(evaluation if stage.scored else {"eval_on": False}), **arguments)
         history.append((stage, run))
@@ -164,7 +176,7 @@ def run(
     device: str | None = None,  # "cpu" | "cuda"; None: a GPU where there is one
     accelerator: Accelerator | None = None,  # instead of `device`
     out_dir: str | Path | None = None,  # folder for checkpoints and weights; None: nothing is kept
-    records: str | Path | None = None,  # folder for the record; None: out_dir; both None: not written
+    records: str | Path | None = None,  # folder for the record; None: out_dir, if there is one
     variant: str | None = None,  # name of this variant in an ablation, written into the record
     data: dict | None = None,  # arguments of `load_task`, noted beside the checkpoints
     resume: bool = True,
@@ -180,32 +192,37 @@ def run(
         raise UserError("score_on is 'tune', but this task has no tune images: "
                         "load it with n_tune=..., or take 'val'.")
     accelerator = accelerator or make_accelerator(device)
-    network = {"model": model, "encoder": encoder, "width": width, "pretrained": pretrained, "weights": weights}
+    network = {"model": model, "encoder": encoder, "width": width, "pretrained": pretrained,
+               "weights": weights}
     request = {
-        "method": what.name, "settings": own_settings(what) | settings, "net": network, "steps": steps,
-        "batch_size": batch_size, "unlabelled_batch": unlabelled_batch, "seed": seed, "clip": clip,
-        "variant": variant, "score_on": score_on, "processes": accelerator.num_processes}
-    folder = out_dir and run_folder(Path(out_dir), request, task, data, accelerator)
+        "method": what.name, "settings": own_settings(what) | settings, "net": network,
+        "steps": steps, "batch_size": batch_size, "unlabelled_batch": unlabelled_batch,
+        "seed": seed, "clip": clip, "variant": variant, "score_on": score_on, "processes": accelerator.num_processes}
+    folder = None
+    if out_dir is not None: folder = run_folder(Path(out_dir), request, task, data, accelerator)
 
     seed_everything(seed)
     if needs_net(what) and net is None: net = new_network(network, task)
     start = fingerprint(net) if net is not None and (weights or pretrained) else None
     method, stages = train_stages(
-        stages_of(what, net, task, steps, settings), task, batch_size, seed, folder, checkpoint_every,
-        evaluation={"eval_on": dataset, "eval_every": eval_every, "probe": probe},
+        stages_of(what, net, task, steps, settings), task, batch_size, seed, folder,
+        checkpoint_every, evaluation={"eval_on": dataset, "eval_every": eval_every, "probe": probe},
         unlabelled_batch=unlabelled_batch, clip=clip, resume=resume, accelerator=accelerator,
         progress=progress)
 
     params = params_of(stages, what, settings, width, unlabelled_batch or batch_size, score_on)
     world = accelerator.num_processes
-    extra = {"variant": variant, "clip": clip, "start": start, "processes": world if world > 1 else None}
-    params |= {k: v for k, v in extra.items() if v is not None}
+    more = {"variant": variant, "clip": clip, "start": start,
+            "processes": world if world > 1 else None}
+    params |= {k: v for k, v in more.items() if v is not None}
+    extra = getattr(method, "extra", {})  # what a recipe adds: {"start": {"name": ..., "miou": ...}}
+    params |= {k: v["name"] for k, v in extra.items()}
     found = Result(method, {}, None, folder, {stage.name: run for stage, run in stages})
     whole = whole_run(stages)
     for name, title, module, score in scores(what, method, stages, dataset, accelerator):
         record = make_record(
             name, whole, task, score, params, model if needs_net(what) else method.model, encoder,
-            bool(pretrained or weights), title)
+            bool(pretrained or weights), title) | extra
         target = (records or out_dir) if accelerator.is_main_process else None
         path = write_record(record, target) if target else None
         if module is method: found = replace(found, record=record, path=path)
@@ -249,12 +266,13 @@ def scores(
     dataset: Labelled,
     accelerator: Accelerator,
 ) -> Iterator[tuple[str, str, nn.Module, dict]]:  # name, title, who predicts, scores
-    "Score whatever a method or recipe is scored as; the evaluation at the end of `fit` is not repeated"
+    "Score what a method or recipe is scored as; the evaluation at the end of `fit` is not repeated"
     rows = method.rows() if inspect.isclass(what) else {what.name: (what.title, method)}
     last, run = stages[-1]
     known = {method: run.result} if last.method is method and last.scored else {}
     for name, (title, module) in rows.items():
-        yield name, title, module, known.get(module) or evaluate(module, dataset, accelerator=accelerator)
+        score = known.get(module) or evaluate(module, dataset, accelerator=accelerator)
+        yield name, title, module, score
 
 
 def recorded(stage: Stage, prefix: str = "") -> dict:
@@ -291,8 +309,9 @@ def whole_run(stages: list) -> Run:
         rows = [row | {"step": before + row["step"], "stage": stage.name} for row in run.history]
         history += rows
         before += run.steps
-    return replace(runs[-1], history=history, seconds=sum(r.seconds for r in runs),
-                   images=sum(r.images for r in runs), peak_memory_mb=max(r.peak_memory_mb for r in runs))
+    return replace(runs[-1], history=history,
+                   seconds=sum(r.seconds for r in runs), images=sum(r.images for r in runs),
+                   peak_memory_mb=max(r.peak_memory_mb for r in runs))
 
 
 def predictor(method: Method) -> nn.Module:

@@ -185,6 +185,7 @@ def mask_statistics(z_d: Tensor, z_u: Tensor, valid: Tensor) -> dict:
 class GuidedMix(Supervised):
     "Mix a labelled image into an unlabelled one, and take it out of the answer again"
     name, title, paper = "guidedmix", "GuidedMix-Net", "arXiv 2106.15064"
+    baseline = {"weight": 0.0}
     uses_unlabelled = True
 
     @checked

@@ -238,7 +238,7 @@ class StyleEncoder(nn.Module):
 # %% ../nbs/43_phases.ipynb #phase2
 class Phase2(Method):
     "The second generator, mask and style to image, trained on all images through a first one that does not move"
-    title = "SemGAN in three phases: the second"  # no name: a stage of the recipe
+    title, alone = "SemGAN in three phases: the second", False  # a stage of the recipe
 
     @checked
     def __init__(
@@ -417,8 +417,8 @@ def round_trip(
 # %% ../nbs/43_phases.ipynb #phase3
 class Phase3(Phase1):
     "The first generator again: labels, its own labels, synthetic pairs, and the cycle through a painter that stands still"
-    name, title = "phases", "SemGAN in three phases"
-    baseline = {"dice": 0.0, "adversarial": 0.0, "self_training": 0.0, "cycle": 0.0}
+    name, title, alone = "phases", "SemGAN in three phases", False  # the recipe's
+    baseline = Phase1.baseline | dict.fromkeys(("self_training", "cycle", "translated", "rendered"), 0.0)
 
     @checked
     def __init__(

@@ -57,6 +57,7 @@ def distance_of_means(
 class S4GAN(Supervised):
     "A discriminator scores images; the network matches its features, learns from the better ones"
     name, title, paper = "s4gan", "s4GAN", "arXiv 1908.05724"
+    baseline = {"feature_matching": 0.0, "self_training": 0.0}
     uses_unlabelled = True
 
     @checked

@@ -31,6 +31,7 @@ def temporal_weight(
 class TemporalEnsembling(Supervised):
     "Dense: agree with the average of what was predicted of the same image in earlier epochs"
     name, title, paper = "temporal", "Temporal Ensembling", "arXiv 1610.02242"
+    baseline = {"weight": 0.0}
     uses_unlabelled = True
 
     @checked
@@ -93,6 +94,7 @@ class TemporalEnsembling(Supervised):
 class MeanTeacher(Supervised):
     "Dense: agree with what the averaged network says of a weaker view"
     name, title, paper = "mean_teacher", "Mean Teacher", "arXiv 1703.01780"
+    baseline = {"weight": 0.0}
     uses_unlabelled = True
 
     @checked

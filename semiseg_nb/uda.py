@@ -64,6 +64,7 @@ def follow(
 class UDA(Supervised):
     "Unsupervised data augmentation, dense: say of a strong view what is believed of the weak one"
     name, title, paper = "uda", "UDA", "arXiv 1904.12848"
+    baseline = {"weight": 0.0}
     uses_unlabelled = True
 
     @checked

@@ -48,6 +48,7 @@ def hard_loss(
 class PseudoLabelling(Supervised):
     "The settings that five methods share; each of them writes its own `updates`"
     name, title = "", ""
+    baseline = {"weight": 0.0}
     uses_unlabelled = True
 
     @checked
@@ -189,6 +190,7 @@ def fresh(
 class CPS(Supervised):
     "Cross pseudo supervision with CutMix: two networks, each learns the hard labels of the other"
     name, title, paper = "cps", "CPS", "arXiv 2106.01226"
+    baseline = {"weight": 0.0}
     uses_unlabelled = True
 
     @checked

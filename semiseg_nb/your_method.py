@@ -27,6 +27,7 @@ def interpolate(
 class ICT(Supervised):
     "Between two images the answer lies between the answers"
     name, title, paper = "ict", "ICT", "arXiv 1903.03825"
+    baseline = {"weight": 0.0}
     uses_unlabelled = True
 
     @checked

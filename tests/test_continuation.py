@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from semiseg_nb import experiment
 from semiseg_nb.adversarial import answer, hide, upper_part
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import CCT, cct_weak
@@ -174,7 +175,7 @@ def test_the_belief_that_counts_is_that_of_the_gated_answer(task):
 def test_the_push_alone_and_the_control_never_touch_the_unlabelled_images(task, start):
     class Forbidden:
         "Unlabelled images that complain when they are read"
-        tags, crop = None, None
+        tags, crop, fingerprint = None, None, task.unlabelled.fingerprint
         def __len__(self): return 24
         def __getitem__(self, i): raise AssertionError("an unlabelled image was read")
         def __getitems__(self, i): raise AssertionError("unlabelled images were read")
@@ -295,7 +296,7 @@ def test_the_discriminator_learns_from_hidden_padding_and_counts_known_pixels(ta
 
 def test_the_recipe_trains_a_start_and_goes_on(task):
     network = net(task)
-    method, stages, _ = drive(continuation(network, task, 2, start_steps=2, tag_steps=2, cct={"kinds": "dropout"}, on={"warmup": 0.5}), task)
+    method, stages, _ = drive(continuation(network, task, 2, start_steps=2, tag_steps=2, cct={"kinds": "dropout"}, later={"warmup": 0.5}), task)
     assert [s.name for s in stages] == ["tags", "cct", "continued"] and isinstance(method, WeakContinuation) and method.warmup == 0.5
     assert method.net is network and not any(m.train().training for m in batch_norms(network)) and method.start is None
 
@@ -398,3 +399,12 @@ def test_tags_are_asked_for_where_they_are_needed():
 
 def test_a_single_unlabelled_image_has_no_partner(task):
     with pytest.raises(UserError, match="no partner for CutMix"): run(SemiContinuation(net(task), task), task, unlabelled_batch=1)
+
+
+def test_temporal_ensembling_goes_on_from_a_start_and_its_record_names_it(task, start, tmp_path):
+    made = experiment.run("temporal_continued", task, steps=2, batch_size=4, width=4, settings={"start": str(start[0]), "later": {"mix": 0.0}},
+                          out_dir=tmp_path, progress=False)
+    assert type(made.method) is TemporalEnsembling and made.method.mix == 0 and made.method.lr == 2e-4 and list(made.runs) == ["continued"]
+    assert made.record["start"]["name"] == made.record["params"]["start"] == start_label(start[0]) and str(start[0]) not in str(made.record)
+    row, = result_rows([made.record])
+    assert row["row"] == "temporal, continued" and row["start"] == made.record["start"]["miou"]

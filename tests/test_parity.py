@@ -19,7 +19,7 @@ HOME = {  # piece of this package -> its module
     "consistency": "losses", "cross_entropy": "losses", "paste": "augment",
     "Clock": "clock", "load_task": "catalogue", "UniMatch": "unimatch", "CPS": "unimatch", "PlainCPS": "unimatch",
     "tsa_threshold": "uda", "class_mask": "unimatch", "pseudo_label": "unimatch", "kept": "unimatch", "hard_loss": "unimatch",
-    "f_noise": "cct", "f_drop": "cct", "dropout": "cct", "con_msk": "cct", "obj_msk": "cct", "i_vat": "cct", "bootstrap_threshold": "cct",
+    "f_noise": "cct", "f_drop": "cct", "dropout": "cct", "con_msk": "cct", "obj_msk": "cct", "i_vat": "cct",
     "object_boxes": "cct", "sub_boxes": "cct", "g_cutout": "cct",
     "FCDiscriminator": "adversarial", "bce_map": "adversarial", "REAL": "adversarial", "FAKE": "adversarial", "PatchDiscriminator": "adversarial", "Pool": "adversarial",
     "upfirdn2d": "stylegan2", "minibatch_std": "stylegan2", "ModulatedConv": "stylegan2", "Generator": "stylegan2", "Discriminator": "stylegan2",
@@ -88,11 +88,6 @@ def test_thresholds_of_annealing(kind):
 def test_learning_rate():
     poly, v = ours("poly"), read("schedules")
     equal([poly(f, 0.9) for f in v["fraction"].tolist()], v["poly_0.9"])
-
-
-def test_threshold_of_bootstrapping():
-    bootstrap_threshold, v = ours("bootstrap_threshold"), read("schedules")
-    equal([bootstrap_threshold(f, 5) for f in v["fraction"].tolist()], v["abce_threshold_C5"])
 
 
 def test_learning_rate_of_an_inversion():

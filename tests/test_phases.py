@@ -371,7 +371,7 @@ def test_a_critic_that_is_asked_does_not_move(task):
 
 def test_phase_1_never_touches_an_unlabelled_image(task):
     class Untouchable:
-        ids, on_disk = task.unlabelled.ids, False
+        ids, on_disk, fingerprint = task.unlabelled.ids, False, task.unlabelled.fingerprint
         def __getattr__(self, name): raise AssertionError(f"asked for {name}")
         def __getitems__(self, index): raise AssertionError("asked for a batch")
     other = replace(task)

@@ -1,5 +1,6 @@
 """What must agree: notebooks and modules, floors and imports, settings.ini and the files that repeat it, index and README."""
 import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -37,7 +38,7 @@ NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("inversion", "semanticgan"),  # the second stage goes on from the first
     ("engine", "clock"), ("engine", "checkpoint"), ("records", "checkpoint"),  # the loop hands every step its clock, and saves
 }
-IMPORT_NAMES = {"pillow": "PIL", "segmentation-models-pytorch": "segmentation_models_pytorch", "huggingface-hub": "huggingface_hub"}
+IMPORT_NAMES = {"pillow": "PIL", "segmentation-models-pytorch": "segmentation_models_pytorch", "huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}
 LAZY = {"viz": {"IPython", "ipywidgets"}}  # imported inside the function that shows sliders; `import semiseg_nb.viz` needs neither
 
 
@@ -182,6 +183,20 @@ def test_setup_hands_over_what_settings_say(monkeypatch):
     assert (given["name"], given["version"], given["description"]) == (cfg["lib_name"], cfg["version"], cfg["description"])
     assert given["install_requires"] == cfg["requirements"].split()
     assert given["extras_require"] == {"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()}
+    assert given["entry_points"]["console_scripts"] == [cfg["console_scripts"]]
+    assert given["project_urls"] == {} or given["project_urls"]["Source"] == cfg["git_url"]
+
+
+def test_every_requirement_has_a_lower_bound():
+    cfg = settings()
+    bare = [r for key in cfg if key.endswith("requirements") for r in cfg[key].split() if not re.fullmatch(r"[\w-]+>=\d[\d.]*", r)]
+    assert not bare
+
+
+def test_every_script_of_the_console_is_a_function():
+    name, _, target = settings()["console_scripts"].partition(" = ")
+    module, _, function = target.partition(":")
+    assert name == "semiseg" and callable(getattr(importlib.import_module(module), function))
 
 
 def test_environment_yml_lists_the_same_packages():
@@ -236,12 +251,27 @@ def test_readme_make_targets_exist():
 
 @pytest.mark.slow
 def test_readme_script_runs(tmp_path):
-    block, = (b for b in re.findall(r"```python\n(.*?)```", readme(), re.S) if "evaluate(" in b)
+    block, = (b for b in re.findall(r"```python\n(.*?)```", readme(), re.S) if "run(" in b)
     assert "steps=900" in block and len([line for line in block.splitlines() if line.strip()]) <= 10
     (tmp_path / "script.py").write_text(block.replace("steps=900", "steps=3"))
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "'miou'" in done.stdout
+    assert re.search(r"^0\.\d+$", done.stdout, re.M)
+
+
+def test_readme_calls_the_command_as_it_is():
+    from semiseg_nb.command import parse
+    from semiseg_nb.experiment import methods
+    calls = re.findall(r"^semiseg (.+?)(?:  +#.*)?$", readme(), re.M)
+    assert {words.split()[0] for words in calls} == {"train", "score", "report", "methods", "lessons"}
+    for words in map(str.split, calls):
+        parsed = parse(words)
+        assert getattr(parsed, "method", None) is None or parsed.method in methods(), words
+
+
+def test_readme_is_short():
+    assert len(readme().splitlines()) <= 200
+    assert len(re.findall(r"^\| .* \| 0\.\d{3} \|", readme(), re.M)) == 10
 
 
 # ---------------------------------------------------------------- make
@@ -273,3 +303,36 @@ def test_ci_runs_what_a_person_runs():
     assert os.access(run, os.X_OK)
     commands = [line for line in run.read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
     assert commands == ["exec make test"]
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
+    assert [step["run"] for step in jobs["steps"] if "run" in step] == ["bash .ci/run"]
+    assert jobs["strategy"]["matrix"]["python"][0] == settings()["min_python"]
+
+
+def test_forms_for_issues_are_whole():
+    forms = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")}
+    assert set(forms) == {"bug", "data-set", "method"}
+    for form in forms.values():
+        ids = [field["id"] for field in form["body"]]
+        assert form["name"] and form["description"] and len(ids) == len(set(ids))
+
+
+def test_hooks_before_a_commit_are_the_projects_own():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    repo, = config["repos"]
+    assert repo["repo"] == "local" and [hook["id"] for hook in repo["hooks"]] == ["ruff", "sync", "readme"]
+    own = " ".join(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.M))
+    for hook in repo["hooks"]:
+        for name in re.findall(r"\w+", "".join(re.findall(r'-k "(.+)"', hook["entry"])).replace(" or ", " ")): assert name in own
+
+
+def test_a_lesson_is_run_on_a_copy():
+    makefile, = re.findall(r"^lab:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    assert "semiseg_nb lessons _lessons" in makefile and "--notebook-dir _lessons/nbs" in makefile
+    assert "_lessons/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_the_changelog_begins_with_this_version():
+    versions = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert next(v for v, _ in versions if v != "Unreleased") == settings()["version"]
+    assert (settings()["version"], str(citation["date-released"])) in versions

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from helpers import NoMask
 from torch import nn
 
-from semiseg_nb import stylegan2
-from semiseg_nb.catalogue import box_sums, load_task, one_object, portraits
+from semiseg_nb.catalogue import box_sums, load_task, one_object
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
 from semiseg_nb.engine import evaluate, fit, make_accelerator, optimise, prepare
@@ -35,7 +34,6 @@ from semiseg_nb.stylegan2 import (
     grouped,
     latents,
     lazy_adam,
-    load_pairs,
     minibatch_std,
     path_penalty,
     r1_penalty,
@@ -98,31 +96,6 @@ def test_a_portrait_holds_one_whole_object():
 def test_windows_are_summed_as_by_a_loop():
     x = randn(2, 7, 9, dtype=torch.float64)
     assert torch.allclose(box_sums(x, 3), F.avg_pool2d(x[None], 3, 1)[0] * 9)
-
-
-@pytest.fixture
-def few_portraits(monkeypatch):
-    monkeypatch.setattr(stylegan2, "PORTRAITS", {"train": (30_000, 60), "val": (40_000, 20), "tune": (50_000, 20)})
-    portraits.cache_clear()
-    yield
-    portraits.cache_clear()
-
-
-def test_portraits_split_as_asked(few_portraits):
-    task, other = (load_pairs(n_labelled=5, n_unlabelled=30, style=s) for s in ("photo", "inverted"))
-    assert (len(task.labelled), len(task.unlabelled), len(task.val), task.size, task.name) == (5, 30, 20, (32, 32), "portraits")
-    assert torch.equal(task.val.masks, other.val.masks) and not torch.equal(task.val.images, other.val.images)
-    assert not set(task.labelled.ids) & set(task.unlabelled.ids) and (task.labelled.masks.flatten(1).amax(1) > 0).all()
-    centre = task.val.masks[:, 12:20, 12:20].flatten(1)
-    assert (centre > 0).float().mean() > 0.9 and (task.val.masks[:, :2] > 0).float().mean() < 0.4, "the object is in the middle"
-    assert sorted(int(i[-1]) for i in load_pairs(n_labelled=4).labelled.ids) == [1, 2, 3, 4], "four labels show the four kinds"
-    everything = load_pairs(n_labelled=None, stretch=False)
-    assert len(everything.labelled) == 60 and len(everything.unlabelled) == 0
-    assert set(load_pairs(n_labelled=5, split_seed=1).labelled.ids) != set(task.labelled.ids)
-    with pytest.raises(UserError, match="n_labelled is 61, but it should be between 1 and 60"): load_pairs(n_labelled=61)
-    with pytest.raises(UserError, match="split 'test'"): portraits("test")
-    with pytest.raises(UserError, match="crop is 16, but portraits know style and strength only"): load_pairs(crop=16)
-    with pytest.raises(UserError, match="dataset 'portrait' is not known.*did you mean 'portraits'"): load_pairs("portrait")
 
 
 # ---------------------------------------------------------------- equalised layers
@@ -450,7 +423,7 @@ def test_penalties_are_multiplied_by_their_interval(task):
 
 def test_each_update_moves_its_own_network(task):
     m = method(task, path_weight=2.0)
-    prepare(m, accelerator := make_accelerator("cpu"))
+    prepare(m, task, 2, 2, accelerator := make_accelerator("cpu"))
     for name, losses, *_ in m.updates(*batch(task), Clock(0, 10)):
         before = {n: {k: v.clone() for k, v in getattr(m, n).state_dict().items()} for n in "GD"}
         optimise(m.optimisers[name], losses, accelerator)

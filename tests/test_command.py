@@ -1,0 +1,132 @@
+"""The command `semiseg`: names go where they belong, and every mistake is one line and exit status 1."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import plain_folder
+
+from semiseg_nb.command import describe_method, lessons_home, main, nested, read_parameters, sort_names
+from semiseg_nb.core import UserError
+from semiseg_nb.experiment import methods
+from semiseg_nb.uda import UDA
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["steps=3", "batch_size=4", "width=4", "size=32", "n_labelled=6", "n_unlabelled=8"]
+
+
+def fails(*words):
+    "The one line with which the command ends"
+    with pytest.raises(SystemExit) as end: main([*map(str, words)])
+    text = str(end.value.code)
+    assert text.startswith("error: ") and "\n" not in text.strip(), text
+    return text
+
+
+# ---------------------------------------------------------------- names
+
+def test_names_are_sorted_into_data_run_and_settings():
+    data, arguments, settings = sort_names({"n_labelled": 6, "steps": 3, "threshold": 0.5, "settings": {"mix": 0}, "data.size": 16}, UDA)
+    assert (data, arguments, settings) == ({"n_labelled": 6, "size": 16}, {"steps": 3}, {"threshold": 0.5, "mix": 0})
+
+
+def test_a_dotted_name_reaches_into_a_setting():
+    assert sort_names({"gan.lr": 1e-3, "gan.translator.skip": True}, methods()["cyclegan"])[2] == {"gan": {"lr": 1e-3, "translator": {"skip": True}}}
+    into = {}
+    nested(into, "a.b.c", 1)
+    assert into == {"a": {"b": {"c": 1}}}
+
+
+def test_names_that_nobody_knows_or_that_two_know():
+    with pytest.raises(UserError, match="parameter or setting of 'uda' 'treshold' is not known.*did you mean 'threshold'"): sort_names({"treshold": 1}, UDA)
+    with pytest.raises(UserError, match="is not known"): sort_names({"accelerator": 1}, UDA)
+
+
+def test_a_parameter_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("steps: 3\nsize: [16, 16]\n")
+    assert read_parameters(tmp_path / "a.yaml") == {"steps": 3, "size": [16, 16]}
+    for text, said in (("- 1\n", "holds no names"), ("a: [1", "is no readable YAML"), ("3", "holds no names")):
+        (tmp_path / "b.yaml").write_text(text)
+        with pytest.raises(UserError, match=said): read_parameters(tmp_path / "b.yaml")
+    with pytest.raises(UserError, match=r"c\.yaml cannot be read \(No such file"): read_parameters(tmp_path / "c.yaml")
+
+
+# ---------------------------------------------------------------- train, score, report
+
+def test_train_score_and_report(tmp_path, capsys):
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"threshold": 0.5, "steps": 100}))
+    main(["train", "uda", *QUICK, "-f", str(tmp_path / "p.yaml"), "--seeds", "0", "1", "--out", str(tmp_path / "runs"), "--device", "cpu"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "mIoU" in line and "seed" in line]
+    assert [f"seed {k}" in line for k, line in enumerate(said)] == [True, True]
+    records = [json.loads(p.read_text()) for p in (tmp_path / "runs").rglob("uda-*.json")]
+    assert sorted(r["seed"] for r in records) == [0, 1] and {r["params"]["steps"] for r in records} == {3}, "a word weighs more than the file"
+    assert {r["params"]["threshold"] for r in records} == {0.5}
+    folder, = [p.parent for p in (tmp_path / "runs").rglob("run.json") if json.loads(p.read_text())["seed"] == 0]
+    main(["score", str(folder)])
+    first = next(r for r in records if r["seed"] == 0)["result"]["miou"]
+    assert f"mIoU {first:.4f}" in capsys.readouterr().out
+    main(["score", str(folder), "--split", "tune"])
+    assert "calibration error" in capsys.readouterr().out
+    main(["report", str(tmp_path / "runs"), "--all"])
+    assert "2 runs" in capsys.readouterr().out
+    main(["report", str(tmp_path / "runs")])
+    assert "no records of runs long enough" in capsys.readouterr().out
+    (folder / "weights.safetensors").unlink()
+    assert "holds no finished run" in fails("score", folder)
+
+
+def test_a_folder_of_ones_own(tmp_path, capsys):
+    plain_folder(tmp_path / "mine")
+    main(["train", "supervised", "steps=2", "batch_size=2", "width=4", "size=16", "n_labelled=4",
+          "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "runs"), "--device", "cpu"])
+    assert "seed 0" in capsys.readouterr().out
+    record = json.loads(next((tmp_path / "runs").rglob("supervised_ema-*.json")).read_text())
+    assert record["dataset"]["n_labelled"] == 4 and record["dataset"]["name"] != "scenes"
+
+
+@pytest.mark.parametrize("words, said", [
+    (["train", "udda"], "method 'udda' is not known (did you mean 'uda'?)"), (["train", "uda", "steps"], "'steps' has no value: write NAME=VALUE"),
+    (["train", "uda", "threshold=80"], "threshold is 80"), (["train", "uda", "stepz=3"], "did you mean 'steps'"),
+    (["train", "uda", "--data", "nowhere"], "nowhere"), (["train", "uda", "-f", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+    (["score", "nowhere"], "nowhere"), (["report", "nowhere"], "There is no folder nowhere"), (["methods", "udda"], "did you mean 'uda'"),
+    (["train", "uda", "model=unett"], "did you mean 'unet'"), (["train", "uda", "dataset=scene"], "did you mean 'scenes'")],
+    ids=lambda v: "-".join(v) if isinstance(v, list) else "")
+def test_a_mistake_is_one_line(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in fails(*words)
+
+
+def test_a_mistake_is_exit_status_1_and_no_traceback():
+    done = subprocess.run([sys.executable, "-m", "semiseg_nb", "train", "udda"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.startswith("error: method 'udda'") and len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+# ---------------------------------------------------------------- methods, lessons
+
+def test_methods_are_listed_with_their_papers(capsys):
+    main(["methods"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(methods()) and any("arXiv 1904.12848" in line for line in lines)
+
+
+@pytest.mark.parametrize("what", methods().values(), ids=methods())
+def test_every_setting_has_a_meaning(what):
+    lines = describe_method(what).splitlines()
+    assert lines[0].startswith(f"{what.name}: {what.title}")
+    assert "threshold = 0.8" in describe_method(UDA)
+    ours = [line for line in lines[2:] if not line.split("=")[1].strip()]
+    assert not ours
+
+
+def test_lessons_are_copied_and_never_replaced(tmp_path, capsys):
+    main(["lessons", str(tmp_path / "mine")])
+    copied = {p.name for p in (tmp_path / "mine/nbs").glob("*.ipynb")}
+    assert copied == {p.name for p in (lessons_home() / "nbs").glob("*.ipynb")} and (tmp_path / "mine/nbs/params/smoke.yaml").exists()
+    (tmp_path / "mine/nbs/00_core.ipynb").write_text("mine")
+    capsys.readouterr()
+    main(["lessons", str(tmp_path / "mine")])
+    assert "0 files copied" in capsys.readouterr().out and (tmp_path / "mine/nbs/00_core.ipynb").read_text() == "mine"
+    (tmp_path / "file").write_text("x")
+    assert "choose another folder" in fails("lessons", tmp_path / "file")
