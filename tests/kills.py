@@ -89,7 +89,7 @@ def start(name: str, folder: Path, place: str = "", at: int = -1, seconds: float
             arm(place, at, count)
             kind, settings = RUNS[name]
             result = experiment.run(name, task(kind), steps=8, batch_size=4, width=4, settings=settings, checkpoint_every=2, out_dir="out", progress=False, device="cpu")
-            own = ("created", "seconds", "images_per_second", "peak_memory_mb", "curve")
+            own = ("created", "seconds", "images_per_second", "peak_memory_mb", "curve", "commit")
             record = {k: v for k, v in result.record.items() if k not in own}
             record["curve"] = [{k: v for k, v in row.items() if k != "seconds"} for row in result.record["curve"]]
             done = {"weights": fingerprint(result.method), "record": record, "count": count, "seconds": time.time() - begin}

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from semiseg_nb.catalogue import load_task
 from semiseg_nb.checkpoint import fingerprint, read_state, write_state
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import EMA, UserError, frozen, seed_everything
+from semiseg_nb.data import Images
 from semiseg_nb.engine import Method, NonFiniteLoss, evaluate, fit, images_at_once, make_accelerator, settings
 from semiseg_nb.models import UNet
 from semiseg_nb.supervised import Supervised
+from semiseg_nb.temporal import TemporalEnsembling
 from semiseg_nb.uda import UDA
 
 
@@ -456,6 +459,11 @@ def test_a_checkpoint_is_never_replaced_without_a_word(task, tmp_path, capsys):
     (lambda s: s.update(step="4"), "lacks 'step'"), (lambda s: s["run"].pop("history"), "lacks 'history'"), (lambda s: s["run"].update(history=[3]), "no history"),
     (lambda s: s.update(rng=[]), "random states of 0 processes"), (lambda s: s.update(rng=[{"torch": 1}]), "other networks"),
     (lambda s: s["optimisers"].clear(), "other networks"), (lambda s: s["method"].clear(), "other networks"),
+    (lambda s: s["optimisers"]["net"]["state"].pop(3), "has forgotten a weight"), (lambda s: s["optimisers"]["net"]["state"][3].pop("exp_avg"), "'exp_avg' is in one only"),
+    (lambda s: s["optimisers"]["net"]["state"][3].update(exp_avg=torch.zeros(1)), "'exp_avg' is of another type or shape"),
+    (lambda s: s["method"].update({"net.head.bias": s["method"]["net.head.bias"].double()}), "of another type or shape"),
+    (lambda s: s["method"]["net.head.bias"].fill_(float("nan")), "a number that cannot be"), (lambda s: s["method"]["ema.t"].fill_(-1), "a number that cannot be"),
+    (lambda s: s["run"]["history"][-1].update(miou=7.0), "no history"), (lambda s: s["run"].update(seconds=float("nan")), "no history"),
 ])
 def test_a_checkpoint_that_lacks_something_is_refused_in_one_sentence(task, tmp_path, change, said):
     quiet(baseline(task), task, 4, out_dir=tmp_path)
@@ -463,6 +471,37 @@ def test_a_checkpoint_that_lacks_something_is_refused_in_one_sentence(task, tmp_
     change(state)
     write_state(tmp_path / "checkpoint.pt", state)
     with pytest.raises(UserError, match=said): quiet(baseline(task), task, 4, out_dir=tmp_path)
+
+
+class Answers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 1)
+    def forward(self, x): return {"out": self.conv(x)}
+
+
+def test_a_network_that_returns_no_tensor_is_refused(task):
+    with pytest.raises(UserError, match="returns a dict, but it should return logits"): quiet(Supervised(Answers(), task), task, 2)
+
+
+def test_a_run_with_a_bank_in_a_file_goes_on_bit_for_bit(task, tmp_path):
+    def method(name):
+        seed_everything(0)
+        return TemporalEnsembling(UNet(task.n_classes, width=4), task, warmup=0.0, threshold=0.0, storage={"file": str(tmp_path / name)})
+    task = replace(task, unlabelled=Images(task.unlabelled.ids[:8], task.unlabelled.images[:8]))
+    whole = method("whole")
+    quiet(whole, task, 8)
+    cut, done = method("cut"), []
+    own = cut.updates
+    def updates(*args):
+        done.append(1)
+        if len(done) == 6: raise KeyboardInterrupt
+        return own(*args)
+    cut.updates = updates
+    with pytest.raises(KeyboardInterrupt): quiet(cut, task, 8, out_dir=tmp_path, checkpoint_every=4)
+    again = method("cut")
+    quiet(again, task, 8, out_dir=tmp_path, checkpoint_every=4)
+    assert fingerprint(again.net) == fingerprint(whole.net)
 
 
 def test_an_optimiser_whose_memory_is_infinite_stops_the_run(task):

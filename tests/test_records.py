@@ -114,3 +114,22 @@ def test_a_table_of_records(task):
 
 def test_a_folder_without_records(tmp_path):
     with pytest.raises(UserError, match="There is no folder"): read_records(tmp_path / "none")
+
+
+def test_a_record_that_was_changed_or_renamed_is_refused_and_the_others_stay(task, tmp_path):
+    good, bad = (write_record(record(task, seed=seed), tmp_path) for seed in (0, 1))
+    bad.write_text(bad.read_text().replace('"miou": 0.61,\n  "iou', '"miou": 0.91,\n  "iou'))
+    good.rename(good.with_name("uda-00000000.json"))
+    third = write_record(record(task, seed=2), tmp_path)
+    records, refused = read_records(tmp_path)
+    assert [r["path"] for r in records] == [str(third)]
+    assert "was changed since it was written" in refused[f"scenes-6/{bad.name}"] and "of another record" in refused["scenes-6/uda-00000000.json"]
+
+
+def test_corrected_masks_are_another_record(task):
+    other = load_task("scenes", n_labelled=6, size=32)
+    masks = other.labelled.masks.clone()
+    masks[0, 0, 0] = (masks[0, 0, 0] + 1) % 5
+    other.labelled = type(other.labelled)(other.labelled.ids, other.labelled.images, masks, other.n_classes)
+    cropped = load_task("scenes", n_labelled=6, size=32, crop=16)
+    assert len({identity(record(t)) for t in (task, other, cropped)}) == 3
