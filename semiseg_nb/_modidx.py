@@ -413,6 +413,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'semiseg_nb.core.as_number': ('core.html#as_number', 'semiseg_nb/core.py'),
                                  'semiseg_nb.core.atomic_write': ('core.html#atomic_write', 'semiseg_nb/core.py'),
                                  'semiseg_nb.core.check_parameters': ('core.html#check_parameters', 'semiseg_nb/core.py'),
+                                 'semiseg_nb.core.check_writable': ('core.html#check_writable', 'semiseg_nb/core.py'),
                                  'semiseg_nb.core.checked': ('core.html#checked', 'semiseg_nb/core.py'),
                                  'semiseg_nb.core.clear_temporaries': ('core.html#clear_temporaries', 'semiseg_nb/core.py'),
                                  'semiseg_nb.core.defaults_of': ('core.html#defaults_of', 'semiseg_nb/core.py'),

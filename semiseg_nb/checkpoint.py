@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .core import Output, UserError, atomic_write, clear_temporaries, read_json
+from .core import Output, UserError, atomic_write, check_writable, clear_temporaries, read_json
 
 # %% ../nbs/07_checkpoint.ipynb #fingerprint
 def fingerprint(
@@ -166,8 +166,7 @@ class Saver:
         self.say = say
         self.saved = "no checkpoint was written yet"
         if self.path and accelerator.is_main_process:
-            trial = atomic_write(self.path.with_name(".trial"), lambda f: f.write(b"x"))
-            trial.unlink(missing_ok=True)  # the folder can be written to: known before training
+            check_writable(self.path.parent)
             clear_temporaries(self.path.parent)
         accelerator.wait_for_everyone()
 
@@ -350,7 +349,8 @@ def save_weights(
     path = weights_path(path)
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     text = json.dumps(plain(card), sort_keys=True)
-    header = {"card": text, "card sha256": hashlib.sha256(text.encode()).hexdigest(), "fingerprint": fingerprint(state)}
+    header = {"card": text, "card sha256": hashlib.sha256(text.encode()).hexdigest(),
+              "fingerprint": fingerprint(state)}
     atomic_write(path, lambda f: f.write(save(state, header)))
     return path
 

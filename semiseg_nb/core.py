@@ -6,8 +6,8 @@
 __all__ = ['IGNORE', 'Fraction', 'NonNegative', 'Positive', 'Count', 'Whole', 'KIND_WORDS', 'RAMPS', 'REMEDIES', 'UserError',
            'one_of', 'in_range', 'Range', 'range_text', 'as_number', 'as_annotated', 'checked', 'seed_everything',
            'generator', 'forever', 'ramp', 'poly', 'keep_eval', 'stays_in_eval', 'frozen', 'EMA', 'Output',
-           'temporary_name', 'atomic_write', 'clear_temporaries', 'read_json', 'same_kind', 'check_parameters',
-           'notebook_parameters', 'named_values', 'defaults_of']
+           'temporary_name', 'atomic_write', 'check_writable', 'clear_temporaries', 'read_json', 'same_kind',
+           'check_parameters', 'notebook_parameters', 'named_values', 'defaults_of']
 
 # %% ../nbs/00_core.ipynb #imports
 import ast
@@ -344,6 +344,11 @@ def atomic_write(
     finally:
         with suppress(OSError): temporary.unlink(missing_ok=True)
     return path
+
+
+def check_writable(folder: str | Path) -> None:
+    "Make a folder and write a trial file into it; raises `UserError`, before anything was computed"
+    atomic_write(Path(folder) / ".trial", lambda f: f.write(b"x")).unlink(missing_ok=True)
 
 
 def clear_temporaries(folder: str | Path, name: str = "*") -> None:

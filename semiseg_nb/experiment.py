@@ -29,6 +29,7 @@ from semiseg_nb.core import (
     UserError,
     Whole,
     atomic_write,
+    check_writable,
     checked,
     defaults_of,
     one_of,
@@ -201,6 +202,7 @@ def run(
         "steps": steps, "batch_size": batch_size, "unlabelled_batch": unlabelled_batch,
         "seed": seed, "clip": clip, "variant": variant, "score_on": score_on, "processes": world}
     folder = None
+    if records is not None and accelerator.is_main_process: check_writable(records)
     if out_dir is not None: folder = run_folder(Path(out_dir), request, task, data, accelerator)
 
     seed_everything(seed)
@@ -242,7 +244,8 @@ def new_network(network: dict, task: Task) -> nn.Module:
 def request_name(request: dict) -> str:
     "How the folder of a run is called: the method, and a hash of all that was asked for"
     wanted = {k: v for k, v in request.items() if k != "data"}
-    return f"{request.get('method')}-{hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:8]}"
+    text = json.dumps(wanted, sort_keys=True).encode()
+    return f"{request.get('method')}-{hashlib.sha256(text).hexdigest()[:8]}"
 
 
 def run_folder(

@@ -188,9 +188,10 @@ def checksum(record: dict) -> str:
 
 
 def what_has_changed(record: dict, stem: str) -> str | None:
-    "Why a record is no longer what was written under this name, in words; None where it is, or cannot be known"
+    "Why a record is no longer what was written under this name; None where it is, or cannot be known"
     if "checksum" not in record: return None  # the first edition wrote none
-    if record["checksum"] != checksum(record): return "it was changed since it was written (its checksum does not match)"
+    if record["checksum"] != checksum(record):
+        return "it was changed since it was written (its checksum does not match)"
     return None if stem.endswith(identity(record)) else "its name is that of another record"
 
 

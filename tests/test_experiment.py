@@ -175,3 +175,11 @@ def test_the_run_says_what_it_was_told(task, tmp_path):
     told = json.loads((result.folder / "run.json").read_text())
     assert told["method"] == "uda" and told["settings"]["threshold"] == 0.5 and told["data"] == {"dataset": "scenes"} and told["steps"] == 4
     assert not list(tmp_path.rglob(".*")), "nothing is left over"
+
+
+def test_a_folder_of_records_that_cannot_be_written_stops_before_training(task, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("semiseg_nb.experiment.fit", lambda *a, **k: pytest.fail("it trains"))
+    for place in ({"records": tmp_path / "file"}, {"out_dir": tmp_path / "file" / "sub"}):
+        with pytest.raises(UserError, match="Could not write .*a file stands where a folder should be"):
+            run("supervised", task, steps=2, batch_size=4, width=4, progress=False, **place)
