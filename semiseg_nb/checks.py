@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .catalogue import load_task
 from .checkpoint import fingerprint
-from .core import Range, UserError, defaults_of, seed_everything
+from .core import Range, UserError, defaults_of, read_json, seed_everything
 from .data import Labelled, Task
 from .engine import Method, Run, fit, settings
 from .experiment import needs_net
@@ -261,16 +261,18 @@ def check_frozen(bench: Bench) -> None:
 
 # %% ../nbs/61_checks.ipynb #process-check
 WORKER = """
-import importlib, sys
+import importlib, json, sys
+from pathlib import Path
 from semiseg_nb.checks import Bench, averaged_weights
 from semiseg_nb.engine import make_accelerator
-accelerator = make_accelerator("cpu")
+accelerator, found = make_accelerator("cpu"), {}
 for word in sys.argv[1:]:
     module, name = word.split(":")
     bench = Bench(getattr(importlib.import_module(module), name))
     method = bench.method()
     bench.train(method, 3, accelerator=accelerator)
-    print(word, accelerator.process_index, averaged_weights(method), flush=True)
+    found[word] = averaged_weights(method)
+Path(__file__).with_name(f"{accelerator.process_index}.json").write_text(json.dumps(found))
 """
 
 
@@ -285,17 +287,14 @@ def check_processes(*classes: type) -> None:  # importable ones: those of a note
     "Two processes end with equal weights"
     words = [f"{cls.__module__}:{cls.__name__}" for cls in classes if cls.__module__ != "__main__"]
     if not words: return
-    found = {word: set() for word in words}
-    for line in two_processes(words).splitlines():
-        word, rank, weights = [*line.split(), "", "", ""][:3]
-        if word in found: found[word].add(weights)
+    first, second = two_processes(words)
     for word in words:
-        refuse(len(found[word]) != 1, f"{word}: two processes end with different weights.")
+        refuse(first[word] != second[word], f"{word}: two processes end with different weights.")
 
 
 def two_processes(
     words: list[str],  # "module:Class"
-) -> str:  # what both have printed
+) -> list[dict[str, str]]:  # of each process: word -> fingerprint of its weights
     "Run `WORKER` in two processes; raises `AssertionError` with the end of their errors"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
@@ -305,9 +304,9 @@ def two_processes(
         script.write_text(WORKER)
         done = subprocess.run([*launch, str(script), *words], env=env, capture_output=True,
                               text=True, timeout=900)
-    names, end = ", ".join(words), done.stderr[-1500:]
-    refuse(done.returncode != 0, f"Two processes do not train {names}: {end}")
-    return done.stdout
+        names, end = ", ".join(words), done.stderr[-1500:]
+        refuse(done.returncode != 0, f"Two processes do not train {names}: {end}")
+        return [read_json(Path(folder) / f"{rank}.json") for rank in (0, 1)]
 
 # %% ../nbs/61_checks.ipynb #check-method
 CHECKS = (

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def record(method, seed, miou, split="s", profile="lesson", model="unet", **params):
     data = {"name": "scenes", "split_id": split, "n_labelled": 12, "size": [64, 64]}
-    return {"method": method, "profile": profile, "model": model, "encoder": None, "pretrained": False, "seed": seed, "seconds": 10.0,
+    title = {"uda": "UDA"}.get(method, method)
+    return {"method": method, "title": title, "profile": profile, "model": model, "encoder": None, "pretrained": False, "seed": seed, "seconds": 10.0,
             "dataset": data, "params": {"steps": 900, "batch_size": 8, "width": 8, "scored_on": "val", **params}, "result": {"miou": miou}}
 
 
