@@ -995,6 +995,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'semiseg_nb.scenes._uniform': ('scenes.html#_uniform', 'semiseg_nb/scenes.py'),
                                    'semiseg_nb.scenes._with_ground': ('scenes.html#_with_ground', 'semiseg_nb/scenes.py'),
                                    'semiseg_nb.scenes.box_sums': ('scenes.html#box_sums', 'semiseg_nb/scenes.py'),
+                                   'semiseg_nb.scenes.cumulative': ('scenes.html#cumulative', 'semiseg_nb/scenes.py'),
                                    'semiseg_nb.scenes.make_scenes': ('scenes.html#make_scenes', 'semiseg_nb/scenes.py'),
                                    'semiseg_nb.scenes.one_object': ('scenes.html#one_object', 'semiseg_nb/scenes.py')},
             'semiseg_nb.semanticgan': { 'semiseg_nb.semanticgan.PatchDiscriminators': ( 'semanticgan.html#patchdiscriminators',

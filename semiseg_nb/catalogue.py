@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.datasets import Cityscapes, OxfordIIITPet, SBDataset, VOCSegmentation
 
 from . import scenes
 from semiseg_nb.core import (
@@ -337,6 +336,7 @@ def _pairs(images: Sequence, masks: Sequence) -> list:
 
 def _voc(root: Path, split_seed: int, augmented: bool) -> Source:
     "Pascal VOC 2012, with SBD unless `augmented` is False; the 1,464 fine masks get labels first"
+    from torchvision.datasets import VOCSegmentation
     tree = (f"'{root / 'VOCdevkit' / 'VOC2012'}' with JPEGImages, SegmentationClass and "
             "ImageSets/Segmentation")
     def make() -> list: return [VOCSegmentation(root, image_set=s) for s in ("train", "val")]
@@ -353,6 +353,7 @@ def _voc(root: Path, split_seed: int, augmented: bool) -> Source:
 # %% ../nbs/51_catalogue.ipynb #sbd
 def _sbd(root: Path) -> dict:
     "stem -> `Item` of SBD: from the folder SegmentationClassAug, or from SBD's own .mat files"
+    from torchvision.datasets import SBDataset
     base = root / "VOCdevkit" / "VOC2012"
     if (base / "SegmentationClassAug").is_dir():
         masks = files_by_stem(base / "SegmentationClassAug", SHARP)
@@ -398,6 +399,7 @@ CITY_PAGE = ("https://www.cityscapes-dataset.com/downloads/ (leftImg8bit_trainva
 
 def _cityscapes(root: Path, split_seed: int) -> Source:
     "Cityscapes, fine annotation: the 19 scored classes are kept, other label ids become 255"
+    from torchvision.datasets import Cityscapes
     tree = f"'{root / 'leftImg8bit'}' and '{root / 'gtFine'}', each with train and val"
 
     def make() -> list:
@@ -421,6 +423,7 @@ PET_PAGE = "https://www.robots.ox.ac.uk/~vgg/data/pets/ (images.tar.gz and annot
 
 def _pet(root: Path, split_seed: int) -> Source:
     "Oxford-IIIT Pet: pet, background, border (1, 2, 3) become 1, 0, 2; `val` is the official test"
+    from torchvision.datasets import OxfordIIITPet
     tree = (f"'{root / 'oxford-iiit-pet'}' with images, annotations/trimaps, "
             "annotations/trainval.txt and .../test.txt")
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from .checkpoint import load_weights, save_weights
 from .core import IGNORE, Count, NonNegative, Positive, UserError, Whole, checked, frozen
@@ -66,7 +65,8 @@ class Lpips(nn.Module):
 
     def __init__(self):
         super().__init__()
-        try: self.net = frozen(LearnedPerceptualImagePatchSimilarity("vgg").net)
+        from torchmetrics.image import lpip
+        try: self.net = frozen(lpip.LearnedPerceptualImagePatchSimilarity("vgg").net)
         except (OSError, RuntimeError, ImportError) as e:
             raise UserError("The VGG-16 weights of LPIPS cannot be had "
                             f"({str(e).splitlines()[0]}): "

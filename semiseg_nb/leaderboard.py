@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from .core import UserError
 
@@ -66,6 +65,7 @@ def interval(
     level: float = 0.95,
 ) -> tuple[float, float]:  # (nan, nan) for fewer than two values
     "Percentile bootstrap interval of the mean"
+    from scipy import stats
     values = np.asarray(values, float)
     if len(values) < 2: return float("nan"), float("nan")
     if np.ptp(values) == 0: return float(values[0]), float(values[0])

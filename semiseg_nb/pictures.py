@@ -18,8 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 from torch import Tensor
 
 from .core import IGNORE, UserError
@@ -124,6 +122,8 @@ def read_mask(
 
 def _read_mat(path: str | Path) -> Image.Image:
     "The mask in one of SBD's own files"
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
     try: return Image.fromarray(loadmat(path)["GTcls"][0]["Segmentation"][0])
     except PermissionError as e: raise unreadable(path, e) from None
     except (*UNREADABLE, LookupError, TypeError, NotImplementedError, MatReadError) as e:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASSES', 'PALETTE', 'STYLES', 'MIN_SIZE', 'CLUTTER', 'OBJECTS', 'SLOTS', 'GOLDEN', 'LAYOUT', 'LOOK', 'COUNT',
            'BLOTCH', 'LIGHT', 'STYLE', 'BANK', 'ELLIPSE', 'RECTANGLE', 'TRIANGLE', 'FAMILY', 'ASPECT', 'TEXTURES',
-           'PERIOD', 'HUE', 'SHIFTS', 'make_scenes', 'box_sums', 'one_object']
+           'PERIOD', 'HUE', 'SHIFTS', 'make_scenes', 'cumulative', 'box_sums', 'one_object']
 
 # %% ../nbs/01_scenes.ipynb #imports
 from collections.abc import Sequence
@@ -362,12 +362,18 @@ def make_scenes(
     return torch.from_numpy(images), torch.from_numpy(masks)
 
 # %% ../nbs/01_scenes.ipynb #one-object
-def box_sums(
+def cumulative(
     x: Tensor,  # (...,H,W) float, sums below 2^24 are exact
+) -> Tensor:  # (...,H+1,W+1), the sum of all that is above and to the left
+    "Cumulative sums over both axes, from which every window's sum is four corners away"
+    return F.pad(x.cumsum(-1).cumsum(-2), (1, 0, 1, 0))
+
+
+def box_sums(
+    c: Tensor,  # (...,H+1,W+1), of `cumulative`
     side: int,
 ) -> Tensor:  # (...,H-side+1,W-side+1)
-    "Sum over every square window from four corners of the cumulative sums, whatever the side"
-    c = F.pad(x.cumsum(-1).cumsum(-2), (1, 0, 1, 0))
+    "Sum over every square window, whatever the side"
     above, below = c[..., :-side, :], c[..., side:, :]
     return below[..., side:] - above[..., side:] - below[..., :-side] + above[..., :-side]
 
@@ -378,11 +384,11 @@ def one_object(
     side: int,  # of the windows
 ) -> tuple:  # (M,) row of each window in `masks`, (M,) its class, (M,2) its top and left
     "Windows with one object in the middle, most of it inside: at most one per image and class"
-    hot = F.one_hot(masks.long(), n_classes).movedim(3, 1)[:, 1:].float()  # objects only
+    sums = cumulative(torch.stack([masks == k for k in range(1, n_classes)], 1).float())
 
     def count(m: int) -> Tensor:
         "Pixels of each class inside every window, without a rim of m pixels"
-        inside = box_sums(hot, side - 2 * m)
+        inside = box_sums(sums, side - 2 * m)
         return inside[..., m:inside.shape[-2] - m, m:inside.shape[-1] - m]
 
     whole, inner = count(0), count(2)

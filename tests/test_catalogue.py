@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import mask, official_folder, picture, plain_folder
 from scipy.io import savemat
+from torchvision import datasets
 
 from semiseg_nb import catalogue
 from semiseg_nb.catalogue import joined, load_across, load_split, load_task, portraits, scene_order
@@ -250,7 +251,7 @@ def test_voc_count_of_the_augmented_list(tmp_path, monkeypatch):
         def __init__(self, root, image_set):
             names = [f"{image_set}{i}" for i in range({"train": 1464, "val": 1449}[image_set])]
             self.images, self.masks = [f"{n}.jpg" for n in names], [f"{n}.png" for n in names]
-    monkeypatch.setattr(catalogue, "VOCSegmentation", Listed)
+    monkeypatch.setattr(datasets, "VOCSegmentation", Listed)
     def sbd(n): return {f"s{i}": Item(f"s{i}", Path("x.jpg"), Path("x.png")) for i in range(n)} | {
         f"val{i}": Item(f"val{i}", Path("x.jpg"), Path("x.png")) for i in range(1449)}
     monkeypatch.setattr(catalogue, "_sbd", lambda root: sbd(9118))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_semanticgan import SMALL, TINY, batch, gan, rand, randn, second, state, task, train, trained, unchanged
 from torch import nn
+from torchmetrics.image import lpip
 
-from semiseg_nb import inversion
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.checkpoint import save_weights
 from semiseg_nb.clock import Clock
@@ -198,7 +198,7 @@ def test_the_distance_is_frozen_and_named(task):
 
 def test_without_its_weights_lpips_says_what_to_do(monkeypatch):
     def offline(*a, **k): raise OSError("no route to host")
-    monkeypatch.setattr(inversion, "LearnedPerceptualImagePatchSimilarity", offline)
+    monkeypatch.setattr(lpip, "LearnedPerceptualImagePatchSimilarity", offline)
     with pytest.raises(UserError, match="no route to host.*FeatureDistance"): Lpips()
 
 

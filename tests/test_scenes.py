@@ -7,7 +7,7 @@ import torch
 from matplotlib.colors import rgb_to_hsv
 
 from semiseg_nb.core import UserError
-from semiseg_nb.scenes import CLASSES, HUE, PALETTE, STYLES, box_sums, make_scenes, one_object
+from semiseg_nb.scenes import CLASSES, HUE, PALETTE, STYLES, box_sums, cumulative, make_scenes, one_object
 
 SHIFTS = STYLES[1:]
 SHARE, MEAN = [0.60544, 0.10107, 0.11212, 0.07539, 0.10598], [95.13, 93.77, 91.36]  # of scenes 0..63: classes, and red, green, blue
@@ -150,4 +150,4 @@ def test_a_window_holds_one_whole_object():
 
 def test_windows_are_summed_as_by_a_loop():
     x = torch.randn(2, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(box_sums(x, 3), torch.nn.functional.avg_pool2d(x[None], 3, 1)[0] * 9)
+    assert torch.allclose(box_sums(cumulative(x), 3), torch.nn.functional.avg_pool2d(x[None], 3, 1)[0] * 9)
