@@ -24,7 +24,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 FLOORS = {
     0: ["core"],
-    1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "viz"],
+    1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "rasters", "viz"],
     2: ["folders", "catalogue", "clock", "checkpoint", "engine", "records"],
     3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
     5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
