@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FARTHEST', 'Region', 'as_outline', 'fill_outlines', 'paint', 'fill_ellipse', 'rectangle', 'run_lengths',
-           'mask_of_runs', 'rle_text', 'counts_of_text', 'brush_mask', 'trace_outlines']
+           'mask_of_runs', 'region_runs', 'rle_text', 'counts_of_text', 'brush_mask', 'trace_outlines']
 
 # %% ../nbs/50_rasters.ipynb #imports
 import math
@@ -182,6 +182,22 @@ def mask_of_runs(
         raise UserError(f"the run lengths count {sum(counts)} pixels, but the mask of {w} x {h} "
                         f"has {h * w}.")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(shape, order=order)
+
+# %% ../nbs/50_rasters.ipynb #region-runs
+def region_runs(
+    region: Region,
+    shape: tuple,  # (H,W) of the image
+) -> list:  # as `run_lengths` of the whole image
+    "Run lengths of an object in a window, column by column, without painting the whole image"
+    step = np.diff(np.pad(region.mask.T, ((0, 0), (1, 1))).astype(np.int8))
+    corner = region.left * shape[0] + region.top
+    starts, ends = (corner + np.argwhere(step == s) @ [shape[0], 1] for s in (1, -1))
+    apart = starts[1:] != ends[:-1]  # a run may go on in the next column
+    last, first = np.append(apart, True)[:len(ends)], np.append(True, apart)[:len(starts)]
+    starts, ends = starts[first], ends[last]
+    places = np.stack([starts, ends], 1).ravel()
+    return [n for i, n in enumerate(np.diff(places, prepend=0, append=shape[0] * shape[1]).tolist())
+            if n or i == 0]
 
 # %% ../nbs/50_rasters.ipynb #rle-text
 def rle_text(
