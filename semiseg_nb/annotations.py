@@ -10,7 +10,6 @@ __all__ = ['IGNORED', 'GROUND', 'TURNS', 'MOST_UNPACKED', 'KINDS', 'class_table'
 import json
 import os
 import re
-import reprlib
 import shutil
 import zipfile
 from collections import Counter
@@ -38,7 +37,7 @@ from .folders import class_palette, one_form
 from .formats import READERS, Export, Picture, Source, as_colour, naming, tool_kinds
 from .mask_files import is_manifest, pairs_of, read_masks
 from .pictures import image_size, read_mask
-from .rasters import Region, paint, region_runs, rle_text, trace_outlines
+from .rasters import Region, paint, pieces_of, region_runs, rle_text, trace_outlines
 
 # %% ../nbs/50_annotations.ipynb #class-table
 IGNORED = {"ignore", "__ignore__"}  # classes of these names are 255
@@ -76,9 +75,10 @@ def class_table(
     else:
         names = [n for n in dict.fromkeys(new.values()) if n != "ignore"]
         if export.objects: names.sort(key=lambda n: n != "background")
-    wrong = next((n for n in names if not isinstance(n, str) or not n.strip() or len(n) > 80), None)
+    odd = re.compile(r"\s*|.{81,}|.*[\x00-\x1f\ud800-\udfff].*", re.S)
+    wrong = next((n for n in names if not isinstance(n, str) or odd.fullmatch(n)), None)
     if wrong is not None:
-        raise UserError(f"A class is called {reprlib.repr(wrong)}: a name has 1 to 80 letters.")
+        raise UserError(f"A class is called {ascii(wrong)[:60]}: a name has 1 to 80 letters.")
     twice = next((n for n, k in Counter(names).items() if k > 1), None)
     if twice is not None: raise UserError(f"The class '{twice}' stands twice in classes.")
     if not 2 <= len(names) <= IGNORE:
@@ -400,7 +400,7 @@ def _write(export: Export, made: Path, target: Path, kind: str, source: Path, ma
     if not images.any():
         raise UserError(f"'{source}' gives no image with a mask: nothing was written.")
     rows = [{"id": i, "name": n, "color": [int(c) for c in colours[i]],
-             "objects": found["object", i] if export.objects else None,
+             "objects": found["object", i] if export.objects and n != "background" else None,
              "images": int(images[i]), "pixels": int(pixels[i])} for i, n in enumerate(names)]
     if pixels[IGNORE]:
         export.notes.append(f"{pixels[IGNORE] / pixels.sum():.1%} of the pixels are unknown (255).")
@@ -410,9 +410,13 @@ def _write(export: Export, made: Path, target: Path, kind: str, source: Path, ma
     info = {"name": re.sub(r"[/\\\x00-\x1f]", " ", target.resolve().name)[:80] or "import",
             "classes": [{k: r[k] for k in ("id", "name", "color")} for r in rows],
             "import": {"kind": kind, "source": source.name, "mapping": mapping, "empty": empty,
-                       "files": n_files}} | ({"groups": groups} if groups else {})
+                       "files": n_files + bool(groups)}}
+    if groups:
+        lines = ["image\tgroup", *(f"{k}\t{' '.join(g.split())}" for k, g in groups.items())]
+        listed = "\n".join(lines).encode(errors="replace")
+        atomic_write(made / "groups.csv", lambda f: f.write(listed))
     text = json.dumps(info, indent=1, ensure_ascii=False)
-    atomic_write(made / "dataset.json", lambda f: f.write(text.encode()))
+    atomic_write(made / "dataset.json", lambda f: f.write(text.encode(errors="replace")))
     past = made.with_name("past")
     if target.exists(): os.replace(target, past)
     os.replace(made, target)
@@ -439,14 +443,6 @@ def _names_beside(masks: str | Path | Mapping) -> list:
     names = [r.get("name") if isinstance(r, dict) else r for r in rows or ()]
     if names: return names
     raise UserError("export_coco needs the names of the classes: give classes=['background', ...].")
-
-
-def _objects_of(mask: np.ndarray, value: int) -> Iterator:
-    "A `Region` for each connected piece of a class"
-    from scipy import ndimage
-    pieces, _ = ndimage.label(mask == value)
-    for i, (rows, columns) in enumerate(ndimage.find_objects(pieces), 1):
-        yield Region(rows.start, columns.start, pieces[rows, columns] == i)
 
 
 def _coco_object(region: Region, shape: tuple, form: str) -> dict:
@@ -478,8 +474,8 @@ def export_coco(
     rows, annotations, used = [], [], set()
     for number, (name, mask) in enumerate(_masks_of(masks).items(), 1):
         a = np.asarray(read_mask(mask) if isinstance(mask, Path) else mask)
-        wrong = next((v for v in np.unique(a).tolist() if v not in range(len(names)) and v != IGNORE),
-                     None)
+        values = np.unique(a).tolist()
+        wrong = next((v for v in values if v not in range(len(names)) and v != IGNORE), None)
         if wrong is not None or a.ndim != 2:
             raise UserError(f"Mask '{name}' holds the value {wrong}, but there are {len(names)} "
                             "classes: give the names of all.")
@@ -487,11 +483,11 @@ def export_coco(
         ending = found.suffix if found else ".png"
         rows.append({"id": number, "file_name": f"{name}{ending}", "height": a.shape[0],
                      "width": a.shape[1]})
-        for value in (v for v in np.unique(a).tolist() if v in ids):
+        for value in (v for v in values if v in ids):
             used.add(value)
-            for region in _objects_of(a, value):
-                annotations.append({"id": len(annotations) + 1, "image_id": number,
-                                    "category_id": ids[value]} | _coco_object(region, a.shape, form))
+            for region in pieces_of(a == value):
+                row = {"id": len(annotations) + 1, "image_id": number, "category_id": ids[value]}
+                annotations.append(row | _coco_object(region, a.shape, form))
     categories = [{"id": k, "name": "ignore" if v == IGNORE else names[v]} for v, k in ids.items()
                   if v != IGNORE or v in used]
     info = {"images": rows, "annotations": annotations, "categories": categories}

@@ -710,8 +710,8 @@ def _json_kind(info: object) -> str:
 
 def _json_files(source: Source, kind: str) -> list:
     "(path, content) of the JSON files of one kind; raises `UserError` when there is none"
-    files = ((p, read_json(p, "annotation file", "export it again")) for p in source.ending(".json"))
-    found = [(p, info) for p, info in files if _json_kind(info) == kind]
+    found = [(p, info) for p in source.ending(".json")
+             if _json_kind(info := read_json(p, "annotation file", "export it again")) == kind]
     if not found: raise _absent(source, kind)
     return found
 

@@ -67,9 +67,9 @@ def _codes(path: Path) -> tuple:
     a = np.asarray(picture)
     if a.dtype.kind == "f":
         a = np.where(np.isnan(a), IGNORE, a)
-        if (a % 1).any() or np.abs(a).max() > 1e9:
-            wrong = a[(a % 1 != 0) | (np.abs(a) > 1e9)][0]
-            raise UserError(f"Mask '{path}' holds the value {wrong:g}: write whole numbers.")
+        wrong = a[(np.abs(a) > 1e9) | (np.trunc(a) != a)]
+        if wrong.size:
+            raise UserError(f"Mask '{path}' holds the value {wrong[0]:g}: write whole numbers.")
     return "grey", a.astype(np.int64), None
 
 
@@ -107,6 +107,7 @@ class Values:
 
 # %% ../nbs/50_mask_files.ipynb #names-of-values
 def _hex(code: int) -> str: return f"#{code:06x}"
+def _rgb(code: int) -> tuple: return code >> 16, code >> 8 & 255, code & 255
 
 
 def _refuse_blur(found: dict, what: str, remedy: str) -> None:
@@ -116,7 +117,10 @@ def _refuse_blur(found: dict, what: str, remedy: str) -> None:
     rare = len(found) - len(often)
     if len(found) <= MOST_COLOURS and (rare < 6 or rare < 2 * len(often)): return
     name = _hex if what == "colours" else str
-    likely = ", ".join(name(v) for v in sorted(often, key=lambda v: -found[v][0])[:8])
+    peaks = []  # of frequent values that are nearly the same only the most frequent
+    for v in sorted(often, key=lambda v: -found[v][0]):
+        if all(np.abs(np.subtract(_rgb(v), _rgb(p))).max() > 8 for p in peaks): peaks.append(v)
+    likely = ", ".join(name(v) for v in peaks[:8])
     path = next(p for v, (_, p) in found.items() if v not in often or len(often) == len(found))
     raise UserError(f"The masks hold {len(found)} {what}, most of them in a few pixels, as in "
                     f"'{path}': smoothed masks, in which only {likely} look like classes. Save "
@@ -179,7 +183,8 @@ def _is_mask(parts: Sequence, stems: set) -> bool:
 
 def pairs_of(source: Source) -> tuple:
     "([(image, mask or None)], [masks without image]); raises `UserError` where two fit"
-    pictures = {p: parts for p, parts in source.files.items() if p.suffix.lower() in PICTURES | SHARP}
+    endings = PICTURES | SHARP
+    pictures = {p: parts for p, parts in source.files.items() if p.suffix.lower() in endings}
     stems = {IMAGE_SUFFIX.sub("", Path(parts[-1]).stem).lower() for parts in pictures.values()}
     masks = [p for p, parts in pictures.items() if _is_mask(parts, stems)]
     images, by_key, by_stem = {}, {}, {}
@@ -263,23 +268,21 @@ COLOUR_TABLES = {"labelmap.txt", "label_colors.txt", "label_colours.txt", "class
 
 def _colour_table(path: Path) -> dict:
     "name -> (R,G,B) from a text file with a name and three numbers in a line, in either order"
+    rgb = r"\s*(?P<r>\d{1,3})[\s,;]+(?P<g>\d{1,3})[\s,;]+(?P<b>\d{1,3})\s*"
+    forms = (rf"(?P<name>[^:]+):{rgb}(:.*)?", rf"{rgb}[\s,;](?P<name>.*\S)",
+             rf"(?P<name>[^,;\t]+)[,;\t]{rgb}([,;\t].*)?", rf"(?P<name>.*\S)\s{rgb}")
     table = {}
     for line in read_text(path).splitlines():
-        if line.startswith("#"): continue
-        rgb = r"(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})"
-        before = re.match(rf"\s*([^\d\s].*?)[\s,;:]+{rgb}(?!\d)", line)
-        after = re.match(rf"\s*{rgb}[\s,;:]+(.*\S)", line)
-        if before: name, *numbers = before.groups()
-        elif after: *numbers, name = after.groups()
-        else: continue
-        colour = as_colour([int(n) for n in numbers])
-        if colour: table[name.strip()] = colour
+        found = next((m for form in forms if (m := re.fullmatch(form, line.strip()))), None)
+        if found is None or line.startswith("#"): continue
+        colour = as_colour([int(found[c]) for c in "rgb"])
+        if colour: table[found["name"].strip()] = colour
     return table
 
 
 def _described(source: Source) -> tuple:
     "(names by id, name -> (R,G,B)) from the files beside the masks"
-    path = next((p for p, parts in source.files.items() if parts[-1].lower() in COLOUR_TABLES), None)
+    path = next((p for p in source.files if p.name.lower() in COLOUR_TABLES), None)
     if path: return [], _colour_table(path)
     path = next((p for p, parts in source.files.items() if parts == ("dataset.json",)), None)
     if path is None: return class_names(source), {}
@@ -288,7 +291,8 @@ def _described(source: Source) -> tuple:
     rows = [{"name": r} if isinstance(r, str) else r for r in rows or ()]
     if not all(isinstance(r, dict) and isinstance(r.get("name"), str) for r in rows):
         raise UserError(f"'{path}' should list its classes as names or as {{\"name\": \"sky\"}}.")
-    return [r["name"] for r in rows], {r["name"]: c for r in rows if (c := as_colour(r.get("color")))}
+    colours = {r["name"]: as_colour(r.get("color")) for r in rows}
+    return list(colours), {name: c for name, c in colours.items() if c}
 
 
 def read_masks(
@@ -335,9 +339,6 @@ def read_masks(
         export.problems.append(f"{len(lost)} mask(s) have no image, '{lost[0]}' the first: they "
                                "are left out.")
     return export
-
-
-def _rgb(code: int) -> tuple: return code >> 16, code >> 8 & 255, code & 255
 
 
 def _value_reader(path: Path, known: dict, by_colour: bool, names: list) -> Callable:

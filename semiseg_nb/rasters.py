@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FARTHEST', 'Region', 'as_outline', 'fill_outlines', 'paint', 'fill_ellipse', 'rectangle', 'run_lengths',
-           'mask_of_runs', 'region_runs', 'rle_text', 'counts_of_text', 'brush_mask', 'trace_outlines']
+           'mask_of_runs', 'region_runs', 'rle_text', 'counts_of_text', 'brush_mask', 'trace_outlines', 'pieces_of']
 
 # %% ../nbs/50_rasters.ipynb #imports
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +64,7 @@ def _even_odd(points: np.ndarray, shape: tuple) -> Region:
     x = x0[edge] + part * (x1 - x0)[edge]
     column = np.clip(np.ceil(x - 0.5) - left, 0, w).astype(int)
     crossings = np.bincount((row - top) * (w + 1) + column, minlength=h * (w + 1))
-    odd = crossings.reshape(h, w + 1).cumsum(1)[:, :w] % 2
+    odd = crossings.astype(np.uint8).reshape(h, w + 1).cumsum(1, np.uint8)[:, :w] & 1
     return Region(top, left, odd.astype(bool))
 
 # %% ../nbs/50_rasters.ipynb #fill
@@ -295,3 +295,13 @@ def trace_outlines(
             at = below[beside]
         if loop: loops.append(np.stack([x[loop], y[loop]], 1))
     return loops
+
+# %% ../nbs/50_rasters.ipynb #pieces
+def pieces_of(
+    mask: np.ndarray,  # bool (H,W)
+) -> Iterator:  # of `Region`s
+    "The connected pieces of a mask; pixels that touch at a corner alone are not connected"
+    from scipy import ndimage
+    pieces, _ = ndimage.label(mask)
+    for i, (rows, columns) in enumerate(ndimage.find_objects(pieces), 1):
+        yield Region(rows.start, columns.start, pieces[rows, columns] == i)

@@ -6,13 +6,16 @@ from pycocotools import mask as coco
 
 from semiseg_nb.core import UserError
 from semiseg_nb.rasters import (
+    Region,
     brush_mask,
     counts_of_text,
     fill_ellipse,
     fill_outlines,
     mask_of_runs,
     paint,
+    pieces_of,
     rectangle,
+    region_runs,
     rle_text,
     run_lengths,
     trace_outlines,
@@ -116,6 +119,18 @@ def test_run_lengths_are_those_of_pycocotools(mask):
     assert counts_of_text(theirs["counts"].decode()) == counts
     assert (mask_of_runs(counts, mask.shape) == mask).all() and (coco.decode({"size": mask.shape, "counts": rle_text(counts).encode()}) == mask).all()
     assert (mask_of_runs(run_lengths(mask, "C"), mask.shape, "C") == mask).all()
+    assert region_runs(Region(0, 0, mask), mask.shape) == counts
+
+
+def test_runs_of_a_window_are_those_of_the_whole_image():
+    for mask in noises():
+        whole = np.zeros((40, 50), bool)
+        h, w = mask.shape
+        whole[7:7 + h, 5:5 + w] = mask
+        assert region_runs(Region(7, 5, mask), whole.shape) == run_lengths(whole)
+        back = np.zeros_like(whole)
+        for piece in pieces_of(whole): paint(back, piece, 1)
+        assert (back == whole).all()
 
 
 def test_long_runs_need_several_groups():
