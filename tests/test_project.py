@@ -24,8 +24,8 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 FLOORS = {
     0: ["core"],
-    1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "viz"],
-    2: ["folders", "catalogue", "clock", "checkpoint", "engine", "records"],
+    1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "rasters", "viz"],
+    2: ["folders", "formats", "mask_files", "annotations", "catalogue", "clock", "checkpoint", "engine", "records"],
     3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
     5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
@@ -34,6 +34,8 @@ FLOORS = {
 FLOOR = dict.fromkeys(MODULES, 4) | {name: floor for floor, names in FLOORS.items() for name in names}  # any other module is a method
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("catalogue", "folders"),  # a folder of one's own is one of the data sets
+    ("formats", "folders"), ("mask_files", "folders"), ("annotations", "folders"),  # importers write the layout that `folders` reads
+    ("mask_files", "formats"), ("annotations", "formats"), ("annotations", "mask_files"),  # tools, then pictures, then the import of both
     ("records", "engine"),  # a record is made from a run
     ("inversion", "semanticgan"),  # the second stage goes on from the first
     ("engine", "clock"), ("engine", "checkpoint"), ("records", "checkpoint"),  # the loop hands every step its clock, and saves
