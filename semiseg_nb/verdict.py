@@ -81,7 +81,7 @@ def image_counts(
         parts.append(torch.stack(counts, 1).cpu())
     return torch.cat(parts).numpy()
 
-# %% ../nbs/51_verdict.ipynb #scores
+
 def scores_of(
     counts: np.ndarray,  # (R,N,3,C) of R runs on N images, see `image_counts`
     weights: np.ndarray | None = None,  # (D,N) how often each image is drawn; None: once
@@ -138,7 +138,7 @@ def with_ends(
     half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(total)
     return mean - half, mean + half
 
-# %% ../nbs/51_verdict.ipynb #estimate
+
 def estimate(
     counts: np.ndarray,  # (R,N,3,C) of R runs; zeros where a run has not seen an image
     baseline: np.ndarray | None = None,  # the same of its partners; None: scores, no gains
@@ -215,7 +215,7 @@ def finished_runs(folder: str | Path) -> tuple[list[Finished], list[str]]:
                         "or `semiseg train ... --out`.")
     return found, notes
 
-# %% ../nbs/51_verdict.ipynb #same-budget
+
 SHARED = ("steps", "batch_size", "net", "clip", "score_on")
 SHARED_DATA = ("name", "n_classes", "size", "crop", "n_labelled", "n_unlabelled", "n_val")
 
@@ -313,7 +313,7 @@ class Budget:
         mean, low, high = (1 - math.exp(v) for v in (logs.mean(), high, low))
         return Interval(mean, low, high)
 
-# %% ../nbs/51_verdict.ipynb #label-budget
+
 def fewer_masks(
     task: Task,
     n: int,  # images that keep their masks
@@ -540,7 +540,7 @@ def seconds_of(
                 and all(params.get(k) == v for k, v in wanted.items()))
     return max(filter(fits, records), key=lambda record: record.get("created", ""), default=None)
 
-# %% ../nbs/51_verdict.ipynb #arms
+
 class Arm(NamedTuple):
     "Runs that share method and settings, with what they say of every image"
     title: str
@@ -778,7 +778,7 @@ def spread_out(
         distance = torch.minimum(distance, (z - z[found[-1]]).norm(dim=1))
     return top[found].tolist()
 
-# %% ../nbs/51_verdict.ipynb #to-label-next
+
 class Candidate(NamedTuple):
     "An image worth a mask"
     id: str
