@@ -96,7 +96,7 @@ class AdvSemiSeg(Supervised):
     def updates(self, lab, unl, clock):
         x, y = view(lab, self.policies, clock)
         if clock.fraction < self.warmup or not self.uses_unlabelled:
-            yield "net", {"supervised": cross_entropy(self.net(x), y)}
+            yield "net", {"supervised": self.supervised_loss(self.net(x), y)}
             self.ema.update(self.net)
             return
 
@@ -110,7 +110,7 @@ class AdvSemiSeg(Supervised):
         p = hide(z.float().softmax(1), y != IGNORE)
         p_w = hide(z_w.float().softmax(1), valid)
         d, d_w = answer(self.D, torch.cat([p, p_w])).split([len(p), len(p_w)])
-        losses = {"supervised": cross_entropy(z, y),
+        losses = {"supervised": self.supervised_loss(z, y),
                   "adversarial": self.adversarial * bce_map(d, REAL, y != IGNORE),
                   "adversarial unlabelled": self.adversarial_u * bce_map(d_w, REAL, valid)}
         statistics = {}

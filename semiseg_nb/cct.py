@@ -386,7 +386,7 @@ class CCT(Supervised):
         x, y = view(lab, self.policies, clock)
         y_w = self.labels(unl, clock)
         if self.weight == 0 and y_w is None:
-            yield "net", {"supervised": cross_entropy(self.net(x), y)}
+            yield "net", {"supervised": self.supervised_loss(self.net(x), y)}
         else:
             # one pass of the encoder; the main decoder learns from the labelled half only
             x_w, valid = self.weak_view(unl["image"], clock)
@@ -409,7 +409,7 @@ class CCT(Supervised):
                 logged[kind].append(loss_u.detach())
                 if y_w is not None: logged["weak"].append(loss_w.detach())
             means = {kind: torch.stack(values).mean() for kind, values in logged.items()}
-            yield "net", {"supervised": cross_entropy(z, y), "consistency": total.total()}, means
+            yield "net", {"supervised": self.supervised_loss(z, y), "consistency": total.total()}, means
         self.ema.update(self.net)
 
     def student(self, x_w: Tensor, valid: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:

@@ -192,7 +192,7 @@ class Continuation(Supervised):
         x, y = view(lab, self.policies, clock)
         known = y != IGNORE
         if self.adversarial == 0:
-            yield "net", {"supervised": cross_entropy(self.net(x), y)}
+            yield "net", {"supervised": self.supervised_loss(self.net(x), y)}
             self.ema.update(self.net)
             return
         # predictions should look like masks; the network waits while the discriminator warms up
@@ -202,7 +202,7 @@ class Continuation(Supervised):
             z = self.net(x)
             p = hide(z.float().softmax(1), known)
             push = self.adversarial * bce_map(answer(self.D, p), REAL, known)
-            yield "net", {"supervised": cross_entropy(z, y), "adversarial": push}
+            yield "net", {"supervised": self.supervised_loss(z, y), "adversarial": push}
         # the discriminator learns from the same predictions
         masks = self.masks(x, clock)
         losses, statistics = judge_losses(self.D, p.detach(), known, masks, self.smooth)
@@ -246,7 +246,7 @@ class SemiContinuation(Continuation):
         critic = self.adversarial > 0 or self.adversarial_u > 0
         alone = critic and clock.fraction < self.warmup
         if not critic and self.self_training == 0:
-            yield "net", {"supervised": cross_entropy(self.net(x), y)}
+            yield "net", {"supervised": self.supervised_loss(self.net(x), y)}
         elif alone:
             with torch.no_grad(): z = torch.cat([self.ema(x), self.ema(x_w)])
             p = hide(z.float().softmax(1), known)
@@ -254,7 +254,7 @@ class SemiContinuation(Continuation):
             # one pass over all views; predictions of weak views should look like masks
             z, z_w, *z_s = jointly(self.net, x, x_w, *self.student(x_w, clock))
             p = hide(torch.cat([z, z_w]).float().softmax(1), known)
-            losses = {"supervised": cross_entropy(z, y)}
+            losses = {"supervised": self.supervised_loss(z, y)}
             if critic:
                 d, d_u = answer(self.D, p).split([len(x), len(x_w)])
                 losses["adversarial"] = self.adversarial * bce_map(d, REAL, y != IGNORE)

@@ -42,7 +42,7 @@ from .models import build_model
 from .records import make_record, write_record
 
 # %% ../nbs/60_experiment.ipynb #methods
-ABOVE = ("experiment", "checks", "command")  # modules that stand above all methods
+ABOVE = ("experiment", "checks", "command", "verdict")  # modules that stand above all methods
 
 
 def methods() -> dict[str, type | Callable]:  # name -> class or recipe, in the order of the names

@@ -18,7 +18,7 @@ from .augment import paste
 from .clock import Clock
 from .core import Fraction, NonNegative, Range, UserError, checked
 from .data import Task
-from .losses import confident, consistency, cross_entropy, one_hot
+from .losses import confident, consistency, one_hot
 from .models import conv_bn_relu
 from .supervised import Supervised, view
 
@@ -221,7 +221,7 @@ class GuidedMix(Supervised):
     def updates(self, lab, unl, clock):
         x, y = view(lab, self.policies, clock)
         if self.weight == 0:
-            yield "net", {"supervised": cross_entropy(self.net(x), y)}
+            yield "net", {"supervised": self.supervised_loss(self.net(x), y)}
             self.ema.update(self.net)
             return
         x_w, valid = self.weak_view(unl["image"], clock)
@@ -243,7 +243,7 @@ class GuidedMix(Supervised):
             (f, _), (z, z_s) = maps_and_logits(self.net, x, x_s)
         w = self.weight * clock.ramp(self.ramp, "sigmoid")
         pairs = self.pair_losses(z_s, z_q, valid, z_m, y[index], lam)
-        losses = {"supervised": cross_entropy(z, y)} | {k: w * loss for k, loss in pairs.items()}
+        losses = {"supervised": self.supervised_loss(z, y)} | {k: w * loss for k, loss in pairs.items()}
         if self.classify is not None:
             scores = self.classify(mean_features(f)).float()
             present = one_hot(y, scores.shape[1]).amax((2, 3))

@@ -95,7 +95,7 @@ class MaskCycle(Supervised):
     def updates(self, lab, unl, clock):
         x, y = view(lab, self.policies, clock)
         if clock.fraction < self.start or not self.uses_unlabelled:
-            yield "net", {"supervised": cross_entropy(self.net(x), y)}
+            yield "net", {"supervised": self.supervised_loss(self.net(x), y)}
         else:
             x_m, y_m = shift_and_flip(lab["image"] * 2 - 1, clock, "drawn", self.shift, lab["mask"])
             u = shift_and_flip(unl["image"] * 2 - 1, clock, "unlabelled", self.shift)
@@ -108,7 +108,7 @@ class MaskCycle(Supervised):
             with unrecorded(self.net): z_back = self.net((r_l + 1) / 2)
             d_i, d_s = answer(self.D_I, r_l), answer(self.D_S, blur(m_u, "noise fool"))
             yield "net", {
-                "supervised": cross_entropy(z, y),
+                "supervised": self.supervised_loss(z, y),
                 "regression": self.regression * known_l1(r_l, x_m, y_m != IGNORE),
                 "image cycle": self.image_cycle * F.l1_loss(r_u, u),
                 "label cycle": self.label_cycle * cross_entropy(z_back, y_m),

@@ -103,7 +103,7 @@ class S4GAN(Supervised):
     def updates(self, lab, unl, clock):
         x, y = view(lab, self.policies, clock)
         if clock.fraction < self.warmup or not self.uses_unlabelled:
-            yield "net", {"supervised": cross_entropy(self.net(x), y)}
+            yield "net", {"supervised": self.supervised_loss(self.net(x), y)}
             self.ema.update(self.net)
             return
 
@@ -118,7 +118,7 @@ class S4GAN(Supervised):
         _, features = answer(self.D, p, x_w)
         with torch.no_grad(): _, real_features = self.D(real, x)
         gap = distance_of_means(features, real_features)
-        losses = {"supervised": cross_entropy(z, y),
+        losses = {"supervised": self.supervised_loss(z, y),
                   "feature matching": self.feature_matching * gap}
         statistics = {}
         if learns:

@@ -14,7 +14,7 @@ from .bank import Memory, PredictionBank, in_image, storage_settings
 from .clock import Clock
 from .core import Fraction, NonNegative, UserError, checked, ramp
 from .data import Task
-from .losses import consistency, cross_entropy
+from .losses import consistency
 from .supervised import Supervised, jointly, view
 
 # %% ../nbs/12_temporal.ipynb #weight
@@ -84,7 +84,7 @@ class TemporalEnsembling(Supervised):
         epoch = self.bank.n / (len(x_w) * clock.world)
         w = temporal_weight(clock.step / epoch, self.warmup * clock.total / epoch, self.weight)
         semi = w * consistency(z_u, q, trusted, known, "mse")
-        losses = {"supervised": cross_entropy(z, y), "consistency": semi}
+        losses = {"supervised": self.supervised_loss(z, y), "consistency": semi}
         yield "net", losses, {"trusted": trusted.sum() / known.sum().clamp(min=1)}
         self.ema.update(self.net)
         # 5: the memory
@@ -125,5 +125,5 @@ class MeanTeacher(Supervised):
         z, z_s = jointly(self.net, x, x_s)
         w = self.weight * clock.ramp(self.warmup, "sigmoid")
         semi = w * self.disagreement(z_s, q, valid)
-        yield "net", {"supervised": cross_entropy(z, y), "consistency": semi}
+        yield "net", {"supervised": self.supervised_loss(z, y), "consistency": semi}
         self.ema.update(self.net)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .augment import Policy, paste
 from .core import IGNORE, Fraction, NonNegative, Positive, checked, one_of, ramp
 from .data import Task
-from .losses import consistency, cross_entropy
+from .losses import consistency
 from .supervised import Supervised, jointly, view
 
 # %% ../nbs/11_uda.ipynb #sharpen
@@ -106,7 +106,7 @@ class UDA(Supervised):
         if self.tsa != "off":
             y = annealed_labels(z, y, tsa_threshold(clock.fraction, z.shape[1], self.tsa))
         ramped = self.weight * clock.ramp(self.warmup)
-        losses = {"supervised": cross_entropy(z, y),
+        losses = {"supervised": self.supervised_loss(z, y),
                   "consistency": ramped * consistency(z_s, target, trusted, valid)}
         yield "net", losses, {"kept": trusted.sum() / valid.sum().clamp(min=1)}
         self.ema.update(self.net)

@@ -86,7 +86,7 @@ class CutMixSeg(PseudoLabelling):
         rate = kept(pseudo_label(z_w, self.threshold, valid), valid)  # one number for the batch
         unsupervised = rate * consistency(z_m, z_w.softmax(1), valid=valid, kind="mse")
         ramped = self.weight * clock.ramp(self.warmup)
-        losses = {"supervised": cross_entropy(z, y), "consistency": ramped * unsupervised}
+        losses = {"supervised": self.supervised_loss(z, y), "consistency": ramped * unsupervised}
         yield "net", losses, {"kept": rate}
         self.ema.update(self.net)
 
@@ -144,7 +144,7 @@ class ClassMix(PseudoLabelling):
         z, z_m = jointly(self.net, x, x_m)
         rate = kept(sure, valid)  # one number for the batch
         ramped = self.weight * clock.ramp(self.warmup)
-        losses = {"supervised": cross_entropy(z, y),
+        losses = {"supervised": self.supervised_loss(z, y),
                   "consistency": ramped * (rate * hard_loss(z_m, labels_m, valid))}
         yield "net", losses, {"kept": rate}
         self.ema.update(self.net)
@@ -166,7 +166,7 @@ class FixMatch(PseudoLabelling):
         labels_w = pseudo_label(z_w.detach(), self.threshold, valid)
         labels_s, valid_s = paste(box, labels_w, valid)
         ramped = self.weight * clock.ramp(self.warmup)
-        losses = {"supervised": cross_entropy(z, y),
+        losses = {"supervised": self.supervised_loss(z, y),
                   "strong": ramped * hard_loss(z_s, labels_s, valid_s)}
         yield "net", losses, {"kept": kept(labels_w, valid)}
         self.ema.update(self.net)
@@ -215,8 +215,8 @@ class CPS(Supervised):
     def updates(self, lab, unl, clock):
         x, y = view(lab, self.policies, clock)
         if self.weight == 0:
-            yield "net", {"supervised": cross_entropy(self.net(x), y)}
-            yield "net_b", {"supervised_b": cross_entropy(self.net_b(x), y)}
+            yield "net", {"supervised": self.supervised_loss(self.net(x), y)}
+            yield "net_b", {"supervised_b": self.supervised_loss(self.net_b(x), y)}
             self.ema.update(self.net)
             return
         x_w, valid = self.weak_view(unl["image"], clock)
@@ -233,9 +233,9 @@ class CPS(Supervised):
         ramped = self.weight * clock.ramp(self.warmup)
         cross_a, cross_b = cross_entropy(s_a, labels_b), cross_entropy(s_b, labels_a)
         disagree = (labels_a != labels_b).sum() / valid.sum().clamp(min=1)
-        losses = {"supervised": cross_entropy(z_a, y), "cross": ramped * cross_a}
+        losses = {"supervised": self.supervised_loss(z_a, y), "cross": ramped * cross_a}
         yield "net", losses, {"disagree": disagree}
-        yield "net_b", {"supervised_b": cross_entropy(z_b, y), "cross_b": ramped * cross_b}
+        yield "net_b", {"supervised_b": self.supervised_loss(z_b, y), "cross_b": ramped * cross_b}
         self.ema.update(self.net)
 
 # %% ../nbs/14_unimatch.ipynb #plain-cps
@@ -264,9 +264,9 @@ class PlainCPS(CPS):
         ramped = self.weight * clock.ramp(self.warmup)
         cross_a, cross_b = cross_entropy(s_a, labels_b), cross_entropy(s_b, labels_a)
         disagree = (labels_a != labels_b).sum() / known.sum().clamp(min=1)
-        losses = {"supervised": cross_entropy(z_a, y), "cross": ramped * cross_a}
+        losses = {"supervised": self.supervised_loss(z_a, y), "cross": ramped * cross_a}
         yield "net", losses, {"disagree": disagree}
-        yield "net_b", {"supervised_b": cross_entropy(z_b, y), "cross_b": ramped * cross_b}
+        yield "net_b", {"supervised_b": self.supervised_loss(z_b, y), "cross_b": ramped * cross_b}
         self.ema.update(self.net)
 
 # %% ../nbs/14_unimatch.ipynb #unimatch
@@ -305,7 +305,7 @@ class UniMatch(PseudoLabelling):
         strong_2 = hard_loss(z_s2, *paste(box_2, labels_w, valid))
         feature = hard_loss(z_f, labels_w, valid)
         ramped = self.weight * clock.ramp(self.warmup)
-        losses = {"supervised": cross_entropy(z, y),
+        losses = {"supervised": self.supervised_loss(z, y),
                   "strong": ramped * ((1 - self.feature) * ((strong_1 + strong_2) / 2)),
                   "feature": ramped * (self.feature * feature)}
         yield "net", losses, {"kept": kept(labels_w, valid)}
@@ -357,6 +357,6 @@ class UniMatchV2(PseudoLabelling):
         strong_1 = hard_loss(z_s1, *paste(box_1, labels_w, valid))
         strong_2 = hard_loss(z_s2, *paste(box_2, labels_w, valid))
         ramped = self.weight * clock.ramp(self.warmup)
-        losses = {"supervised": cross_entropy(z, y), "strong": ramped * ((strong_1 + strong_2) / 2)}
+        losses = {"supervised": self.supervised_loss(z, y), "strong": ramped * ((strong_1 + strong_2) / 2)}
         yield "net", losses, {"kept": kept(labels_w, valid)}
         self.ema.update(self.net)

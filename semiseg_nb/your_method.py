@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .augment import partner
 from .core import Fraction, NonNegative, UserError, checked
 from .data import Task
-from .losses import consistency, cross_entropy
+from .losses import consistency
 from .supervised import Supervised, jointly, view
 
 # %% ../nbs/95_your_method.ipynb #interpolate
@@ -47,7 +47,7 @@ class ICT(Supervised):
     def updates(self, lab, unl, clock):
         x, y = view(lab, self.policies, clock)
         if self.weight == 0:
-            yield "net", {"supervised": cross_entropy(self.net(x), y)}
+            yield "net", {"supervised": self.supervised_loss(self.net(x), y)}
         else:
             x_u, valid = self.weak_view(unl["image"], clock)
             lam = clock.rand("ict", len(x_u), 1, 1, 1).to(x_u.device)
@@ -56,7 +56,7 @@ class ICT(Supervised):
             z, z_m = jointly(self.net, x, x_m)
             w = self.weight * clock.ramp(self.ramp, "sigmoid")
             gap = consistency(z_m, q_m, valid=valid & partner(valid), kind="mse")
-            yield "net", {"supervised": cross_entropy(z, y), "consistency": w * gap}, {"w": w}
+            yield "net", {"supervised": self.supervised_loss(z, y), "consistency": w * gap}, {"w": w}
         self.ema.update(self.net)
 
     def check(self, task, labelled, unlabelled):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from semiseg_nb.core import UserError, generator
-from semiseg_nb.losses import consistency, cross_entropy, divergence
+from semiseg_nb.losses import capped_weights, consistency, cross_entropy, dice_loss, divergence
 
 KINDS = ("mse", "kl", "js", "ce")
 
@@ -107,3 +107,26 @@ def test_no_gradient_reaches_the_target():
 
 def test_unknown_kind():
     with pytest.raises(UserError, match="divergence 'cosine' is not known"): divergence(*maps(), "cosine")
+
+
+# ---------------------------------------------------------------- rare classes
+
+def test_weights_are_inverse_frequencies_up_to_the_cap():
+    w = capped_weights(torch.tensor([900, 100, 1, 0]), 20)
+    torch.testing.assert_close(w, torch.tensor([1.0, 9.0, 20.0, 1.0]))
+    assert capped_weights(torch.tensor([5, 5]), 100).tolist() == [1, 1] and capped_weights(torch.tensor([900, 1]), 1).tolist() == [1, 1]
+
+
+def test_weighted_cross_entropy_is_that_of_pytorch():
+    g = torch.Generator().manual_seed(0)
+    z, y, w = torch.randn(2, 3, 4, 4, generator=g), torch.randint(0, 3, (2, 4, 4), generator=g), torch.tensor([1.0, 3.0, 7.5])
+    y[0, :2] = 255
+    torch.testing.assert_close(cross_entropy(z, y, w), F.cross_entropy(z, y, w, ignore_index=255))
+    assert cross_entropy(z, torch.full_like(y, 255), w) == 0
+    assert torch.equal(cross_entropy(z, y), cross_entropy(z, y, None))
+
+
+def test_dice_by_hand():
+    z, y = torch.zeros(1, 2, 1, 3), torch.tensor([[[0, 1, 1]]])            # p = 1/2: 1 - 2 * .5 / (1.5 + 1) and 1 - 2 * 1 / (1.5 + 2)
+    assert dice_loss(z, y).item() == pytest.approx((0.6 + 3 / 7) / 2)
+    assert dice_loss(z, torch.full_like(y, 255)) == 0

@@ -29,7 +29,7 @@ FLOORS = {
     3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
     5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
-    7: ["checks", "command"],  # what people do with all of it
+    7: ["checks", "command", "verdict"],  # what people do with all of it
 }
 FLOOR = dict.fromkeys(MODULES, 4) | {name: floor for floor, names in FLOORS.items() for name in names}  # any other module is a method
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason

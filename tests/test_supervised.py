@@ -5,9 +5,12 @@ import torch
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, seed_everything
-from semiseg_nb.engine import evaluate, fit
+from semiseg_nb.data import Images, Labelled, Task
+from semiseg_nb.engine import Method, evaluate, fit
+from semiseg_nb.experiment import methods, own_settings, run
+from semiseg_nb.losses import cross_entropy, dice_loss
 from semiseg_nb.models import UNet
-from semiseg_nb.supervised import Supervised, labelled_views, view
+from semiseg_nb.supervised import Supervised, class_counts, labelled_views, pass_rates, view
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +111,89 @@ def test_the_check_leaves_weights_statistics_and_modes_as_they_were(task):
                                           ({"weight_decay": -1.0}, "weight_decay is -1.0"), ({"view": "weak"}, "'view' is not known")])
 def test_settings_that_make_no_sense_are_refused(task, kwargs, text):
     with pytest.raises(UserError, match=text): method(task, **kwargs)
+
+
+# ---------------------------------------------------------------- rare classes
+
+def two_classes(share=0.125):
+    "A task of two classes, the second on one eighth of the pixels"
+    masks = torch.zeros(4, 8, 8, dtype=torch.uint8)
+    masks[:, :, :int(8 * share)] = 1
+    masks[0, 0] = 255
+    x = torch.randint(0, 256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    lab, val = Labelled(list("abcd"), x, masks, 2), Labelled(list("efgh"), x, masks, 2)
+    return Task("two", ("plain", "rare"), ((0, 0, 0), (255, 0, 0)), lab, Images(list("ijkl"), x), val)
+
+
+def test_class_weights_come_from_the_labelled_histogram_with_a_cap():
+    task = two_classes()
+    assert class_counts(task.labelled).tolist() == [4 * 56 - 7, 4 * 8 - 1]
+    net = UNet(2, width=4)
+    assert Supervised(net, task, class_weights=100.0).class_weight.tolist() == pytest.approx([1, 217 / 31])
+    assert Supervised(net, task, class_weights=3).class_weight.tolist() == [1, 3] and Supervised(net, task).class_weight is None
+    assert "class_weight" not in Supervised(net, task, class_weights=3).state_dict(), "a checkpoint holds networks"
+    with pytest.raises(UserError, match="class_weights is 0.5, but it should be at least 1"): Supervised(net, task, class_weights=0.5)
+    with pytest.raises(UserError, match="dice is -1, but it should be at least 0"): Supervised(net, task, dice=-1)
+
+
+def test_the_supervised_loss_is_the_sum_of_its_parts():
+    task, net = two_classes(), UNet(2, width=4)
+    z, y = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(1)), task.labelled.masks[:2].long()
+    both = Supervised(net, task, class_weights=5.0, dice=0.5)
+    want = cross_entropy(z, y, torch.tensor([1.0, 5.0])) + 0.5 * dice_loss(z, y)
+    torch.testing.assert_close(both.supervised_loss(z, y), want)
+    assert torch.equal(Supervised(net, task).supervised_loss(z, y), cross_entropy(z, y))
+    assert torch.equal(Supervised(net, task, dice=0.0).supervised_loss(z, y), cross_entropy(z, y))
+
+
+OBEY = sorted(name for name, what in methods().items() if isinstance(what, type) and issubclass(what, Supervised))
+TAGS = {"continuation_weak", "cct_weak"}  # need image tags or pseudo-masks
+
+
+@pytest.mark.parametrize("name", [n for n in OBEY if n not in TAGS])
+def test_every_method_obeys_the_settings_of_the_labelled_loss(task, name):
+    "Its first update learns from labels with other gradients than without the settings, and the loss is that of `supervised_loss`"
+    what = methods()[name]
+    def supervised(**more):
+        seed_everything(0)
+        m = what(UNet(task.n_classes, width=4), task, **more).train()
+        for group in m.optimisers.values():
+            for g in group.param_groups: g["initial_lr"] = g["lr"]
+        b = batch(task)
+        unl = {"image": b["image"].flip(0), "index": torch.arange(4)} if m.uses_unlabelled else None
+        found = {}
+        for _, losses, *_ in m.updates(b, unl, Clock(9, 10, 0)): found |= {k: v.item() for k, v in losses.items() if k.startswith("supervised")}
+        return found
+    plain, weighted, dice = supervised(), supervised(class_weights=20.0), supervised(dice=2.0)
+    assert plain and plain.keys() == weighted.keys()
+    for k in plain: assert weighted[k] != plain[k]
+    if name != "phase1":                                                   # has a Dice loss of its own, logged apart
+        for k in plain: assert dice[k] > plain[k]
+
+
+def test_methods_without_a_cross_entropy_of_labels_refuse_the_settings():
+    for name in set(methods()) - set(OBEY):
+        if name in {"supervised"} or "class_weights" in own_settings(methods()[name]): continue
+        with pytest.raises(UserError, match="class_weights' is not known"): run(name, two_classes(), settings={"class_weights": 5.0})
+
+
+# ---------------------------------------------------------------- who passes the threshold
+
+class Brightness(Method):
+    title = "Brightness"
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(10.0))
+
+    def predict(self, x): return torch.stack([0 * x[:, 0], self.w * (x[:, 0] - 0.5)], 1)
+
+
+def test_pass_rates_by_hand():
+    grey = torch.tensor([0, 255, 140, 255]).byte().expand(1, 3, 1, 4)          # class 0 surely; 1 surely; 1 with doubt; 1 surely
+    known = Labelled(["a"], grey, torch.tensor([[[0, 1, 1, 0]]]).byte(), 2)
+    rates = pass_rates(Brightness(), known, 0.8)
+    assert rates == {"answered": [0.25, 0.75], "of answers": [1.0, pytest.approx(2 / 3)], "of truth": [1.0, 0.5], "right": [0.5, 1.0]}
+    free = pass_rates(Brightness(), Images(["a"], grey), 0.8)
+    assert free["of answers"] == rates["of answers"] and all(v != v for v in free["of truth"])
+    with pytest.raises(UserError, match="Brightness has no threshold of confidence: give threshold=0.8"): pass_rates(Brightness(), known)
