@@ -29,12 +29,13 @@ FLOORS = {
     3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
     5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
-    7: ["checks", "command"],  # what people do with all of it
+    7: ["checks", "command", "predict", "export"],  # what people do with all of it
 }
 FLOOR = dict.fromkeys(MODULES, 4) | {name: floor for floor, names in FLOORS.items() for name in names}  # any other module is a method
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("catalogue", "folders"),  # a folder of one's own is one of the data sets
     ("records", "engine"),  # a record is made from a run
+    ("export", "predict"),  # what is exported is a predictor
     ("inversion", "semanticgan"),  # the second stage goes on from the first
     ("engine", "clock"), ("engine", "checkpoint"), ("records", "checkpoint"),  # the loop hands every step its clock, and saves
 }
@@ -182,7 +183,8 @@ def test_setup_hands_over_what_settings_say(monkeypatch):
     exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {"__file__": str(ROOT / "setup.py"), "__name__": "setup"})
     assert (given["name"], given["version"], given["description"]) == (cfg["lib_name"], cfg["version"], cfg["description"])
     assert given["install_requires"] == cfg["requirements"].split()
-    assert given["extras_require"] == {"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()}
+    assert given["extras_require"] == {extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "bench", "export", "geo")}
+    assert set(cfg["export_requirements"].split()) <= set(cfg["dev_requirements"].split()), "the tests export"
     assert given["entry_points"]["console_scripts"] == [cfg["console_scripts"]]
     assert given["project_urls"] == {} or given["project_urls"]["Source"] == cfg["git_url"]
 
