@@ -104,7 +104,7 @@ def row_blocks(size: tuple, multiple: int = 1) -> Iterator[tuple]:  # (top, rows
     rows = max(1, SMALL // (size[1] * multiple)) * multiple
     for top in range(0, size[0], rows): yield top, min(rows, size[0] - top)
 
-# %% ../nbs/53_predict.ipynb #mapped
+
 def mapped_tiff(path: Path) -> Callable | None:
     "Read windows of an uncompressed TIFF with its rows in their order; None for any other file"
     try: tags = TiffImagePlugin.TiffImageFile(path).tag_v2
@@ -540,7 +540,7 @@ def write_png(
     chunk(b"IDAT", squeeze.flush())
     chunk(b"IEND", b"")
 
-# %% ../nbs/53_predict.ipynb #write
+
 def colour_table(palette: Sequence) -> np.ndarray:  # uint8 (256,3), grey where there is no class
     "The colours of all values"
     table = np.full((256, 3), 150, np.uint8)
@@ -647,7 +647,7 @@ def source_of(path: Path) -> list:
     found = path.stat()
     return [found.st_size, found.st_mtime_ns]
 
-# %% ../nbs/53_predict.ipynb #predictions
+
 @dataclass
 class Predictions:
     "What `predict_files` has done; `print` it"
@@ -666,7 +666,7 @@ class Predictions:
         lines += [f"note    {n}" for n in dict.fromkeys(self.notes)]
         return "\n".join(lines + [f"NOT READ {why}" for why in self.failed.values()])
 
-# %% ../nbs/53_predict.ipynb #writer
+
 class Writer:
     "Everything that is written of one picture"
 
