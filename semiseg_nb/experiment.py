@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ABOVE', 'methods', 'can_run', 'find_method', 'needs_net', 'own_settings', 'Result', 'one_stage', 'stages_of',
            'train_stages', 'run', 'new_network', 'request_name', 'run_folder', 'final_scores', 'without_files',
-           'recorded', 'params_of', 'whole_run', 'predictor']
+           'recorded', 'params_of', 'whole_run', 'predictor', 'miou_interval', 'licence_of', 'cannot_rebuild',
+           'card_of']
 
 # %% ../nbs/60_experiment.ipynb #imports
 import hashlib
@@ -18,12 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 import semiseg_nb
 from .checkpoint import fingerprint, plain, save_weights
 from semiseg_nb.core import (
+    IGNORE,
     Count,
     Positive,
     UserError,
@@ -32,17 +35,26 @@ from semiseg_nb.core import (
     check_writable,
     checked,
     defaults_of,
+    generator,
     one_of,
     seed_everything,
 )
-from .data import Labelled, Task
-from .engine import Method, Run, Stage, evaluate, fit, make_accelerator
+from .data import Labelled, Task, one_pass
+from semiseg_nb.engine import (
+    Method,
+    Run,
+    Stage,
+    evaluate,
+    fit,
+    images_at_once,
+    make_accelerator,
+)
 from .engine import settings as settings_of_method
-from .models import build_model
+from .models import Segmenter, build_model, encoder_name
 from .records import make_record, write_record
 
 # %% ../nbs/60_experiment.ipynb #methods
-ABOVE = ("experiment", "checks", "command", "verdict")  # modules that stand above all methods
+ABOVE = ("experiment", "checks", "verdict", "predict", "export", "command")  # above all methods
 
 
 def methods() -> dict[str, type | Callable]:  # name -> class or recipe, in the order of the names
@@ -205,6 +217,7 @@ def run(
     if records is not None and accelerator.is_main_process: check_writable(records)
     if out_dir is not None: folder = run_folder(Path(out_dir), request, task, data, accelerator)
 
+    own = net is not None
     seed_everything(seed)
     if needs_net(what) and net is None: net = new_network(network, task)
     start = fingerprint(net) if net is not None and (weights or pretrained) else None
@@ -230,8 +243,9 @@ def run(
         path = write_record(record, target) if target else None
         if module is method: found = replace(found, record=record, path=path)
     if folder and accelerator.is_main_process:
-        notes = request | {"record": found.record["dataset"]}
-        save_weights(predictor(method), folder / "weights", notes)
+        who = predictor(method)
+        card = card_of(who, task, dataset, found.record, request, data or {}, own, accelerator)
+        save_weights(who, folder / "weights", card)
     return found
 
 # %% ../nbs/60_experiment.ipynb #run-parts
@@ -330,3 +344,86 @@ def predictor(method: Method) -> nn.Module:
     "The network that predicts: the average where a method keeps one, else the method itself"
     average = getattr(getattr(method, "ema", None), "net", None)
     return average if isinstance(average, nn.Module) else method
+
+# %% ../nbs/60_experiment.ipynb #interval
+@torch.no_grad()
+def miou_interval(
+    net: nn.Module,  # images to logits
+    dataset: Labelled,
+    accelerator: Accelerator,
+    draws: int = 1000,
+) -> list:  # [low, high], fractions
+    "Where mIoU lies in 95 % of the samples of images that might as well have been drawn"
+    c, device, tables = dataset.n_classes, next(net.parameters()).device, []
+    for batch in one_pass(dataset, images_at_once(dataset.size, c), device):
+        with accelerator.autocast(): guess = net(batch["image"]).argmax(1)
+        for truth, g in zip(batch["mask"], guess):
+            known = truth != IGNORE
+            cell = truth[known] * c + g[known]
+            tables.append(torch.bincount(cell, minlength=c * c).double().cpu())
+    n = len(tables)
+    drawn = torch.randint(n, (draws, n), generator=generator(0, "interval"))
+    once = torch.ones(draws, n, dtype=torch.float64)
+    often = torch.zeros_like(once).scatter_add_(1, drawn, once)  # how often each image was drawn
+    table = (often @ torch.stack(tables)).view(draws, c, c)
+    hits = table.diagonal(dim1=1, dim2=2)
+    iou = (hits / (table.sum(1) + table.sum(2) - hits)).nanmean(1)
+    return iou.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+# %% ../nbs/60_experiment.ipynb #card
+def licence_of(
+    encoder: str | None,
+    pretrained: bool,
+    weights: str | None,  # a file of somebody
+) -> str:
+    "Under which licence the weights stand from which training began, as far as that is known"
+    if weights: return f"began with the file {Path(weights).name}: see where it comes from"
+    if not pretrained: return "trained from scratch"
+    import timm
+    name = encoder_name(encoder)
+    cfg = timm.get_pretrained_cfg(name.removeprefix("tu-")) if name.startswith("tu-") else None
+    return (cfg and cfg.license) or f"began with weights of '{encoder}': see their page"
+
+
+def cannot_rebuild(
+    who: nn.Module,  # what predicts
+    own: bool,  # the network was the user's own
+) -> str | None:
+    "Why a card is not enough to build the predictor again; None where it is"
+    if own: return "its network was handed to `run` as net=..., and no card can hold its code"
+    if isinstance(who, Segmenter): return None
+    return f"{type(who).__name__} predicts with more than one network that `build_model` knows"
+
+
+def card_of(
+    who: nn.Module,  # what predicts
+    task: Task,
+    dataset: Labelled,  # scored on
+    record: dict,
+    request: dict,  # all that was asked for
+    data: dict,  # arguments of `load_task`
+    own: bool,  # the network was the user's own
+    accelerator: Accelerator,
+) -> dict:  # plain values
+    "All that `predict.load_model` and a reader must know of stored weights"
+    reading, why, net = dict(getattr(task, "reading", {})), cannot_rebuild(who, own), request["net"]
+    resized = reading.get("size") or data.get("size")
+    scores = record["result"] | {"images": len(dataset), "split": request["score_on"]}
+    if why is None: scores["interval"] = miou_interval(who, dataset, accelerator)
+    network = {k: net[k] for k in ("model", "encoder", "width")}
+    network |= {"n_classes": task.n_classes, "mean": task.mean}
+    return plain(request | {
+        "record": record["dataset"],
+        "title": record["title"],
+        "classes": task.classes,
+        "palette": task.palette,
+        "reading": reading,
+        "size": {"rule": "resize" if resized else "native", "training": task.size},
+        "network": None if why else network,
+        "why not": why,
+        "scores": scores,
+        "limits": f"Scored on {len(dataset)} images of '{task.name}': nothing is known of others.",
+        "licence": licence_of(net["encoder"], net["pretrained"], net["weights"]),
+    } | {k: record[k] for k in ("seconds", "device", "versions", "commit", "created")})
+

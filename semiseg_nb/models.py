@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'SMP', 'REFUSALS', 'Segmenter', 'conv_bn_relu', 'batch_norms', 'unrecorded', 'running_statistics',
            'freeze_batch_norms', 'UNet', 'Residual', 'residual_stages', 'ASPP', 'DeepLabV3', 'Upsampler',
-           'PyramidPooling', 'PSPNet', 'feature_maps', 'EncoderNet', 'AtStride8', 'read_pretrained', 'load_pretrained',
-           'encoder_name', 'stride8_encoder', 'build_encoder_net', 'build_model', 'count_parameters']
+           'region_means', 'PyramidPooling', 'PSPNet', 'padded', 'feature_maps', 'EncoderNet', 'AtStride8',
+           'read_pretrained', 'load_pretrained', 'encoder_name', 'stride8_encoder', 'build_encoder_net', 'build_model',
+           'count_parameters']
 
 # %% ../nbs/04_models.ipynb #imports
 import difflib
@@ -247,6 +248,20 @@ class Upsampler(nn.Module):
         return x
 
 # %% ../nbs/04_models.ipynb #pooling
+def region_means(
+    x: Tensor,  # (B,C,H,W)
+    n: int,  # rows and columns of regions; they share a pixel where H or W is no multiple
+) -> Tensor:  # (B,C,n,n)
+    "`F.adaptive_avg_pool2d`; in an export for any size as two products, which ONNX knows"
+    if n == 1 or not torch.compiler.is_exporting(): return F.adaptive_avg_pool2d(x, n)
+
+    def shares(size: int) -> Tensor:  # (n,size): what each pixel gives to each region
+        pixel, i = torch.arange(size, device=x.device), torch.arange(n, device=x.device)[:, None]
+        inside = (pixel >= i * size // n) & (pixel < ((i + 1) * size + n - 1) // n)
+        return inside.to(x.dtype) / inside.sum(1, keepdim=True)
+    return shares(x.shape[-2]) @ x @ shares(x.shape[-1]).T
+
+
 class PyramidPooling(nn.Module):
     "One map beside its averages over coarse grids, mixed by a 3x3 convolution; never negative"
 
@@ -266,7 +281,7 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         def spread(n, part):
-            regions = part(F.adaptive_avg_pool2d(x, n))
+            regions = part(region_means(x, n))
             return F.interpolate(regions, size=x.shape[-2:], mode="bilinear", align_corners=False)
         regions = [spread(n, part) for n, part in zip(self.bins, self.parts)]
         return self.project(torch.cat([x, *regions], 1))
@@ -311,12 +326,17 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SMP = {"unet": "Unet", "deeplabv3": "DeepLabV3", "deeplabv3plus": "DeepLabV3Plus"}
 
 
+def padded(n: int) -> int:
+    "The next multiple of 32; never by dividing a negative number, which ONNX rounds another way"
+    return (n + 31) // 32 * 32
+
+
 def feature_maps(
     encoder: nn.Module,  # of segmentation-models-pytorch
     x: Tensor,  # (B,3,H,W), normalised, of any size
 ) -> list:  # finest first, without the image itself; their size is that of the padded image
     "Run an encoder on a batch that is padded to multiples of 32 with the mean colour, 0 by now"
-    h, w = (-(-n // 32) * 32 for n in x.shape[-2:])
+    h, w = map(padded, x.shape[-2:])
     try: maps = encoder(F.pad(x, (0, w - x.shape[-1], 0, h - x.shape[-2])))
     except AssertionError as e:
         raise UserError(f"This encoder refuses images of {h}x{w} px ({e}): "
@@ -352,7 +372,7 @@ class EncoderNet(Segmenter):
 
     def decode(self, features: list, size: Sequence[int]) -> Tensor:
         "Feature maps and the image's (H,W) -> logits (B,C,H,W)"
-        h, w = (-(-n // 32) * 32 for n in size)
+        h, w = map(padded, size)
         finest, rest = features[0], iter(features)
         full = []  # decoders count levels, so absent ones are given as empty maps
         for level, c in enumerate(self.channels):
@@ -381,7 +401,7 @@ class AtStride8(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         "(B,3,H,W), normalised -> (B,channels,ceil(H/8),ceil(W/8))"
         maps = feature_maps(self.encoder, x)
-        h, w = (-(-n // 8) for n in x.shape[-2:])
+        h, w = ((n + 7) // 8 for n in x.shape[-2:])
         if self.fit is None: return maps[-1][..., :h, :w]
         fine, *coarse = (fit(m) for fit, m in zip(self.fit, maps[-3:]))
         for m in coarse:

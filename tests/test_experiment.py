@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from semiseg_nb.catalogue import load_task
-from semiseg_nb.checkpoint import fingerprint, load_weights
+from semiseg_nb.checkpoint import fingerprint, load_weights, read_weights
 from semiseg_nb.core import Fraction, UserError, Whole, checked
-from semiseg_nb.engine import Stage, fit, recipe
-from semiseg_nb.experiment import find_method, methods, needs_net, own_settings, run, without_files
+from semiseg_nb.data import Labelled
+from semiseg_nb.engine import Stage, fit, make_accelerator, recipe
+from semiseg_nb.experiment import find_method, licence_of, methods, miou_interval, needs_net, own_settings, run, without_files
 from semiseg_nb.models import build_model
 from semiseg_nb.records import read_records
 from semiseg_nb.supervised import Supervised
@@ -183,3 +184,39 @@ def test_a_folder_of_records_that_cannot_be_written_stops_before_training(task, 
     for place in ({"records": tmp_path / "file"}, {"out_dir": tmp_path / "file" / "sub"}):
         with pytest.raises(UserError, match="Could not write .*a file stands where a folder should be"):
             run("supervised", task, steps=2, batch_size=4, width=4, progress=False, **place)
+
+
+# ---------------------------------------------------------------- the card beside the weights
+
+def test_the_card_says_all_that_a_reader_must_know(task, tmp_path):
+    result = run("uda", task, **QUICK, out_dir=tmp_path, data={"dataset": "scenes", "size": 32})
+    _, card = read_weights(result.folder / "weights")
+    assert card["classes"] == list(task.classes) and card["palette"] == [list(c) for c in task.palette]
+    assert card["network"] == {"model": "unet", "encoder": None, "width": 4, "n_classes": 5, "mean": list(task.mean)} and card["why not"] is None
+    assert card["size"] == {"rule": "resize", "training": [32, 32]} and card["reading"] == {} and card["licence"] == "trained from scratch"
+    assert card["title"] == "UDA" and card["steps"] == 4 and card["seed"] == 0 and card["settings"]["threshold"] == 0.8
+    assert card["record"]["fingerprint"] == task.fingerprint and card["versions"]["semiseg_nb"] and "commit" in card
+    low, high = card["scores"]["interval"]
+    assert low < result.record["result"]["miou"] < high and card["scores"]["images"] == len(task.val) and "200 images" in card["limits"]
+    told = json.loads((result.folder / "run.json").read_text())
+    assert {k: v for k, v in told.items() if k not in ("dataset", "data")}.items() <= card.items(), "all that was asked for is still there"
+    assert str(tmp_path) not in json.dumps(card)
+
+
+def test_the_interval_is_that_of_a_bootstrap_over_images():
+    "Two images, one all right and one all wrong: a quarter of the draws holds twice the good one, a quarter twice the bad one"
+    x = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    y = torch.stack([torch.zeros(4, 4), torch.ones(4, 4)]).byte()
+    net = torch.nn.Conv2d(3, 2, 1)
+    torch.nn.init.zeros_(net.weight)
+    net.bias.data = torch.tensor([1.0, 0.0])
+    assert miou_interval(net, Labelled(["a", "b"], x, y, 2), make_accelerator("cpu")) == [0.0, 1.0]
+    assert miou_interval(net, Labelled(["a"], x[:1], y[:1], 2), make_accelerator("cpu")) == [1.0, 1.0]
+
+
+def test_a_card_says_what_it_cannot_rebuild(task, tmp_path):
+    result = run(Noisy, task, **QUICK, net=torch.nn.Conv2d(3, task.n_classes, 3, padding=1), out_dir=tmp_path)
+    card = read_weights(result.folder / "weights")[1]
+    assert card["network"] is None and "net=" in card["why not"] and "interval" not in card["scores"]
+    assert licence_of("tu-convnext_atto.d2_in1k", True, None) == "apache-2.0" and "see their page" in licence_of("resnet18", True, None)
+    assert "old.pth" in licence_of("resnet18", False, "/somewhere/old.pth")

@@ -29,7 +29,8 @@ FLOORS = {
     3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
     5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
-    7: ["checks", "command", "verdict"],  # what people do with all of it
+    7: ["checks", "verdict", "predict", "export"],  # what people do with the results
+    8: ["command"],  # all of it from a terminal
 }
 FLOOR = dict.fromkeys(MODULES, 4) | {name: floor for floor, names in FLOORS.items() for name in names}  # any other module is a method
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
@@ -37,6 +38,7 @@ NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("formats", "folders"), ("mask_files", "folders"), ("annotations", "folders"),  # importers write the layout that `folders` reads
     ("mask_files", "formats"), ("annotations", "formats"), ("annotations", "mask_files"),  # tools, then pictures, then the import of both
     ("records", "engine"),  # a record is made from a run
+    ("export", "predict"),  # what is exported is a predictor
     ("inversion", "semanticgan"),  # the second stage goes on from the first
     ("engine", "clock"), ("engine", "checkpoint"), ("records", "checkpoint"),  # the loop hands every step its clock, and saves
 }
@@ -184,7 +186,8 @@ def test_setup_hands_over_what_settings_say(monkeypatch):
     exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {"__file__": str(ROOT / "setup.py"), "__name__": "setup"})
     assert (given["name"], given["version"], given["description"]) == (cfg["lib_name"], cfg["version"], cfg["description"])
     assert given["install_requires"] == cfg["requirements"].split()
-    assert given["extras_require"] == {"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()}
+    assert given["extras_require"] == {extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "bench", "export", "geo")}
+    assert set(cfg["export_requirements"].split()) <= set(cfg["dev_requirements"].split()), "the tests export"
     assert given["entry_points"]["console_scripts"] == [cfg["console_scripts"]]
     assert given["project_urls"] == {} or given["project_urls"]["Source"] == cfg["git_url"]
 

@@ -1,0 +1,162 @@
+"An exported network: the same logits at every size, its card inside, and a script that needs neither this package nor PyTorch"
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from semiseg_nb import export
+from semiseg_nb.core import UserError
+from semiseg_nb.export import SIZES, TOLERANCE, export_onnx, export_pt2, exported_card, parity, runner
+from semiseg_nb.models import PyramidPooling, build_model, padded, region_means
+from semiseg_nb.predict import Predictor
+
+ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+onnx_only = pytest.mark.skipif(not ONNX, reason="the extra [export] is not installed")
+PALETTE = [[0, 0, 0], [200, 0, 0], [0, 0, 200]]
+
+
+def predictor(rule="native", reading=None, **net):
+    torch.manual_seed(0)
+    net = {"model": "unet", "encoder": None, "width": 2, "n_classes": 3, "mean": [0.2, 0.4, 0.6]} | net
+    card = {"classes": ["sky", "tree", "sea"], "palette": PALETTE, "reading": reading or {}, "size": {"rule": rule, "training": [24, 40]}, "network": net, "scores": {"miou": 0.5}}
+    made = build_model(**net)
+    x = torch.rand(4, 3, 32, 32)
+    made.train()(x)  # statistics that are not 0 and 1, as after training
+    if hasattr(made, "head"):
+        with torch.no_grad():  # logits that differ from pixel to pixel, and win in turn
+            made.eval().head.weight.mul_(10)
+            made.head.bias.sub_(made(x).mean((0, 2, 3)))
+    return Predictor(made, card)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("exported"), predictor()
+    return folder, model, export_onnx(model, folder)
+
+
+# ---------------------------------------------------------------- ONNX
+
+@onnx_only
+def test_the_logits_are_those_of_the_network_at_five_sizes(exported):
+    folder, model, found = exported
+    assert set(found) == set(SIZES) and max(found.values()) <= TOLERANCE
+    assert len({(h, w) for _, h, w in SIZES}) >= 5 and all(h % 32 and w % 32 for _, h, w in SIZES) and len({b for b, _, _ in SIZES}) > 1
+    assert sorted(p.name for p in folder.iterdir()) == ["card.json", "model.onnx", "predict.py"]
+    assert parity(model, folder / "model.onnx", [(1, 1, 1), (5, 64, 31)])[5, 64, 31] <= TOLERANCE
+
+
+@onnx_only
+def test_batch_height_and_width_are_free_and_all_weights_are_in_one_file(exported):
+    import onnx
+    proto = onnx.load(exported[0] / "model.onnx", load_external_data=False)
+    onnx.checker.check_model(proto)
+    b, c, h, w = proto.graph.input[0].type.tensor_type.shape.dim
+    assert c.dim_value == 3 and all(d.dim_param for d in (b, h, w)) and not any(t.external_data for t in proto.graph.initializer)
+    assert proto.graph.input[0].name == "image" and proto.graph.output[0].name == "logits"
+
+
+@onnx_only
+def test_the_card_is_inside_and_beside(exported):
+    folder, model, _ = exported
+    inside = exported_card(folder / "model.onnx")
+    assert inside == json.loads((folder / "card.json").read_text()) and inside["classes"] == ["sky", "tree", "sea"] and inside["scores"] == {"miou": 0.5}
+    assert "0 to 1, not normalised" in inside["input"] and inside["fingerprint"] == model.fingerprint
+
+
+@onnx_only
+@pytest.mark.slow
+@pytest.mark.parametrize("net", [dict(model="deeplabv3"), dict(model="psp"), dict(encoder="mobilenetv3_small_050"), dict(model="psp", encoder="resnet10t")],
+                         ids=lambda n: "-".join(n.values()))
+def test_every_network_and_two_encoders(net, tmp_path):
+    found = export_onnx(predictor(**net), tmp_path)
+    assert set(found) == set(SIZES) and max(found.values()) <= TOLERANCE
+
+
+def hidden(script, *words):
+    "Run a script where neither the package nor PyTorch can be imported"
+    code = ("import sys, runpy\nfor name in ('torch', 'semiseg_nb', 'scipy', 'torchvision'): sys.modules[name] = None\n"
+            "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, str(script), *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@onnx_only
+@pytest.mark.parametrize(("rule", "reading"), [("native", {}), ("resize", {}), ("resize", {"fit": "letterbox"}), ("native", {"white": 4095})], ids=str)
+def test_the_script_beside_it_predicts_as_the_predictor_does(exported, tmp_path, rule, reading):
+    folder = exported[0]
+    for name in ("model.onnx", "predict.py"): (tmp_path / name).write_bytes((folder / name).read_bytes())
+    model = predictor(rule, reading)
+    (tmp_path / "card.json").write_text(json.dumps(model.card))
+    rng = np.random.default_rng(0)
+    if reading.get("white"): picture = Image.fromarray(rng.integers(0, 4096, (61, 83)).astype(np.uint16))
+    else: picture = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize((83, 61), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[274] = 6
+    picture.save(tmp_path / "photo.png", **({} if reading.get("white") else {"exif": exif}))
+    hidden(tmp_path / "predict.py", tmp_path / "photo.png", tmp_path / "mask.png")
+    mask = Image.open(tmp_path / "mask.png")
+    labels = model(tmp_path / "photo.png").labels
+    assert mask.getpalette()[:9] == [c for rgb in PALETTE for c in rgb] and mask.size == labels.shape[::-1] and len(labels.unique()) > 1
+    assert float((torch.from_numpy(np.array(mask)) == labels).float().mean()) > 0.999
+    lines = [line for line in (tmp_path / "predict.py").read_text().splitlines() if line.strip() and not line.startswith(("import", "from", '"""'))]
+    assert len(lines) <= 30
+
+
+@onnx_only
+def test_a_name_of_ones_own_and_a_file_of_somebody_else(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: pytest.fail("it exports"))
+    (tmp_path / "street.py").write_text("print('mine')")
+    with pytest.raises(UserError, match="street.py' is a script of somebody else: choose another name"): export_onnx(exported[1], tmp_path / "street.onnx")
+    assert (tmp_path / "street.py").read_text() == "print('mine')"
+
+
+@onnx_only
+def test_a_wrong_export_is_not_left_behind(exported, tmp_path):
+    other = predictor(mean=[0.9, 0.9, 0.9])
+    with pytest.raises(UserError, match=r"was not written: at \(B,H,W\) = .* its logits differ from the network's by"):
+        export.into_place(other, (exported[0] / "model.onnx").read_bytes(), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="differ from the network's by inf"): export.check({(1, 2, 3): float("inf")}, tmp_path)
+    with pytest.raises(UserError, match="differ"): export.check({(1, 2, 3): float("nan")}, tmp_path)
+
+
+def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"Export needs onnxscript, which is not installed: pip install 'semiseg_nb\[export\]'"): export_onnx(predictor(), tmp_path)
+    with pytest.raises(UserError, match=r"should end in .onnx or .pt2"): runner(tmp_path / "x.txt")
+
+
+# ---------------------------------------------------------------- torch.export
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", [dict(), dict(model="psp"), dict(encoder="resnet10t")], ids=str)
+def test_a_pt2_file_holds_network_and_card(net, tmp_path):
+    model = predictor(**net)
+    found = export_pt2(model, tmp_path / "street")
+    assert set(found) == set(SIZES) and max(found.values()) <= TOLERANCE and [p.name for p in tmp_path.iterdir()] == ["street.pt2"]
+    assert exported_card(tmp_path / "street.pt2")["palette"] == PALETTE
+    x = torch.rand(1, 3, 45, 33)
+    with torch.no_grad(): torch.testing.assert_close(torch.export.load(tmp_path / "street.pt2").module()(x), model.net(x))
+
+
+# ---------------------------------------------------------------- what the networks do for it
+
+def test_sizes_are_rounded_up_without_negative_numbers():
+    assert [padded(n) for n in (1, 31, 32, 33, 64)] == [32, 32, 32, 64, 64]
+
+
+@pytest.mark.parametrize("size", [(9, 7), (6, 6), (1, 5), (13, 64)])
+def test_products_are_adaptive_pooling(size, monkeypatch):
+    x = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    layer = PyramidPooling(4, 4).eval()
+    plain, pooled = layer(x), [region_means(x, n) for n in (1, 2, 3, 6)]
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    for n, known in zip((1, 2, 3, 6), pooled): torch.testing.assert_close(region_means(x, n), known)
+    torch.testing.assert_close(layer(x), plain)
