@@ -33,7 +33,7 @@ from semiseg_nb.pictures import (
     check_masks,
     check_values,
     histogram_of,
-    is_deep,
+    pixels,
     look_at,
     read_image,
     read_mask,
@@ -330,10 +330,9 @@ class Folder:
 def _peak(path: Path) -> tuple | None:
     "(largest value, are they floats?) of an image of more than 8 bits; None for any other file"
     try:
-        with Image.open(path) as picture:
-            if not is_deep(picture): return None
-            return float(np.nanmax(np.asarray(picture, np.float32))), picture.mode == "F"
-    except UNREADABLE: return None
+        a = pixels(path)
+        return None if a.dtype == np.uint8 else (float(a.max()), a.dtype.kind == "f")
+    except UserError: return None
 
 # %% ../nbs/50_folders.ipynb #parts
 def _label_order(folder: Folder, split_seed: int, stems: list) -> list:
