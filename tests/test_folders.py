@@ -14,7 +14,8 @@ from PIL import Image
 
 from semiseg_nb.catalogue import load_split, load_task
 from semiseg_nb.core import UserError
-from semiseg_nb.folders import check_folder, cut
+from semiseg_nb.doctor import check_folder
+from semiseg_nb.folders import cut
 from semiseg_nb.pictures import image_size, read_image, read_mask
 
 
@@ -389,7 +390,7 @@ def test_small_things_of_data_folders(tmp_path, plain):
 def test_forbidden_is_not_called_broken(plain, monkeypatch):
     "No advice to remove a file that only may not be read"
     def forbidden(*a, **k): raise PermissionError(13, "Permission denied", str(plain / "images/p03.png"))
-    for spoil in ((Image, "open"), (Path, "iterdir"), (Path, "read_text")):
+    for spoil in ((Image, "open"), (Path, "iterdir"), (Path, "read_bytes")):
         (plain / "classes.txt").write_text("a\nb\nc\n")
         with monkeypatch.context() as m:
             m.setattr(*spoil, forbidden)

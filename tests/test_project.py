@@ -25,7 +25,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 FLOORS = {
     0: ["core"],
     1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "viz"],
-    2: ["folders", "catalogue", "clock", "checkpoint", "engine", "records"],
+    2: ["folders", "doctor", "catalogue", "clock", "checkpoint", "engine", "records"],
     3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
     5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
@@ -33,6 +33,7 @@ FLOORS = {
 }
 FLOOR = dict.fromkeys(MODULES, 4) | {name: floor for floor, names in FLOORS.items() for name in names}  # any other module is a method
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
+    ("doctor", "folders"), ("catalogue", "doctor"),  # a folder is read, looked at, and then cut into a task
     ("catalogue", "folders"),  # a folder of one's own is one of the data sets
     ("records", "engine"),  # a record is made from a run
     ("inversion", "semanticgan"),  # the second stage goes on from the first
