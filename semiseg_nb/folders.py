@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import features
+from PIL import Image
 from torch import Tensor
 
 from .core import IGNORE, UserError, generator, one_of, read_json
@@ -38,14 +38,15 @@ from semiseg_nb.pictures import (
 
 # %% ../nbs/50_folders.ipynb #stems
 SHARP = {".png", ".bmp", ".tif", ".tiff", ".gif"}  # formats that keep a mask's values
-BLURRED = {".jpg", ".jpeg", ".jfif", ".webp"} | ({".avif"} if features.check("avif") else set())
+BLURRED = {".jpg", ".jpeg", ".jfif", ".webp"} | ({".avif"} & Image.registered_extensions().keys())
 PICTURES = SHARP | BLURRED
 LITTER = {"thumbs.db", "desktop.ini"}  # what file managers leave behind
 SERVERS = {"@eadir", ".@__thumb", "@recycle", "#recycle", "#snapshot", "__macosx"}  # of file servers
 SPLITS = {  # what a folder of a split may be called
     "training": "train", "valid": "val", "validation": "val", "unlabeled": "unlabelled"}
 LAYOUTS = ("images/ and masks/ with files of the same names, or images/train, images/val and "
-           "masks/train, masks/val, and perhaps further folders beside train and val")
+           "masks/train, masks/val, and perhaps further folders beside train and val (`semiseg "
+           "import` makes one of the layouts of annotation tools)")
 
 
 def one_form(name: str) -> str:

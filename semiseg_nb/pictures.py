@@ -424,7 +424,7 @@ def check_colours(
             if v == v_other: continue
             raise UserError(f"The colour {colour} is the value {v_other} in '{other.mask}', but "
                             f"{v} in '{item.mask}': the palettes number their colours anew in "
-                            "each file. Save all masks with one palette ({IMPORT}).")
+                            f"each file. Save all masks with one palette ({IMPORT}).")
 
 # %% ../nbs/50_pictures.ipynb #check-masks
 def check_masks(

@@ -40,7 +40,7 @@ NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("engine", "clock"), ("engine", "checkpoint"), ("records", "checkpoint"),  # the loop hands every step its clock, and saves
 }
 IMPORT_NAMES = {"pillow": "PIL", "segmentation-models-pytorch": "segmentation_models_pytorch", "huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}
-LAZY = {"viz": {"IPython", "ipywidgets"}}  # imported inside the function that shows sliders; `import semiseg_nb.viz` needs neither
+LAZY = {"viz": {"IPython", "ipywidgets"}, "pictures": {"rasterio"}}  # imported inside the function that shows sliders; `import semiseg_nb.viz` needs neither
 
 
 def settings():
