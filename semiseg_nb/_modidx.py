@@ -962,6 +962,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'semiseg_nb.pictures._check_mixed': ('pictures.html#_check_mixed', 'semiseg_nb/pictures.py'),
                                      'semiseg_nb.pictures._decoded': ('pictures.html#_decoded', 'semiseg_nb/pictures.py'),
                                      'semiseg_nb.pictures._eight_bits': ('pictures.html#_eight_bits', 'semiseg_nb/pictures.py'),
+                                     'semiseg_nb.pictures._lower_bytes': ('pictures.html#_lower_bytes', 'semiseg_nb/pictures.py'),
                                      'semiseg_nb.pictures._open': ('pictures.html#_open', 'semiseg_nb/pictures.py'),
                                      'semiseg_nb.pictures._raster': ('pictures.html#_raster', 'semiseg_nb/pictures.py'),
                                      'semiseg_nb.pictures._read_mat': ('pictures.html#_read_mat', 'semiseg_nb/pictures.py'),

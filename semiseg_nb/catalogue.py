@@ -212,7 +212,7 @@ def _checked(source: Source, items: Sequence) -> tuple:
             if source.folder: where = f" at '{source.folder.root / 'masks' / item.id}.png'"
             raise UserError(f"Image '{item.image}' has no mask: expected one{where}, named like "
                             "the image.")
-    if not source.report: return survey(items, source.table)
+    if not source.report: return survey(items, source.table, source.reading.get("bands"))
     looks = [source.report.looks[i.id] for i in items]  # the doctor has read them
     return [k.size for k in looks], [k.histogram for k in looks]
 
@@ -618,7 +618,7 @@ def load_split(
         source.classes = source.classes or source.folder.all_classes
         for item, histogram in zip(items, histograms):
             check_values(item, histogram, len(source.classes))
-    else: sizes, _ = survey([Item(i.id, i.image) for i in items])
+    else: sizes, _ = survey([Item(i.id, i.image) for i in items], None, source.reading.get("bands"))
     fit = _fit_of(fit, sizes, as_size(size)) if dataset == "folder" else "squash"
     size, n_classes = _one_size(items, sizes, as_size(size)), len(source.classes or ())
     in_memory = 4 * len(items) * size[0] * size[1] <= memory_limit

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +104,14 @@ def _upright(a: np.ndarray, flag: int) -> np.ndarray:
     return np.rot90(a, {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(flag, 0))
 
 
+def _lower_bytes(path: str | Path) -> np.ndarray:
+    "The half of a PNG file of 16 bits in each colour that PIL drops: as if bytes were swapped"
+    with Image.open(path) as picture:
+        swapped = picture.tile[0].args.replace("16B", "16L")
+        picture.tile = [picture.tile[0]._replace(args=swapped)]
+        return np.asarray(ImageOps.exif_transpose(picture))
+
+
 def _all_channels(path: str | Path) -> np.ndarray:  # (H,W) or (H,W,channels), as stored
     try: picture = _decoded(path)
     except UnidentifiedImageError as e:
@@ -113,11 +120,7 @@ def _all_channels(path: str | Path) -> np.ndarray:  # (H,W) or (H,W,channels), a
         raise unreadable(path, e) from None
     except UNREADABLE as e: raise unreadable(path, e) from None
     if picture.info["lost"] and picture.info["format"] == "TIFF": return _raster(path)
-    if picture.info["lost"]:
-        from torchvision.io import decode_png, read_file
-        try: a = decode_png(read_file(str(path))).permute(1, 2, 0).numpy()
-        except (RuntimeError, ValueError) as e: raise unreadable(path, e) from None
-        return _upright(a, turned(path))
+    if picture.info["lost"]: return np.asarray(picture).astype(np.uint16) * 256 + _lower_bytes(path)
     if picture.mode in ("RGBA", "LA", "RGBX") or picture.mode[0] in "IF": return np.asarray(picture)
     try: return np.asarray(picture.convert("RGB"))
     except UNREADABLE as e: raise unreadable(path, e, "save it as RGB") from None
@@ -363,9 +366,12 @@ def check_values(
 def survey(
     items: Sequence,
     table: Tensor | None = None,  # uint8 (256): value in the mask file -> class id
+    bands: Sequence | None = None,  # of `pixels`: such files are decoded, others only looked at
 ) -> tuple:  # (sizes (H,W), histograms (256) or None), one for each item
     "Look at many items; the first bad file raises `UserError`"
-    with ThreadPoolExecutor() as pool: found = list(pool.map(partial(look_at, table=table), items))
+    def look(item: Item) -> tuple:
+        return look_at(item, table, pixels(item.image, bands).shape[:2] if bands else None)
+    with ThreadPoolExecutor() as pool: found = list(pool.map(look, items))
     return [f[0] for f in found], [f[1] for f in found]
 
 # %% ../nbs/50_pictures.ipynb #blurred
