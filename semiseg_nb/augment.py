@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPS', 'PHOTO', 'GEO', 'ERASE', 'Op', 'from_tv_bin', 'from_tf_level', 'Params', 'fixed', 'fixed_matrix', 'Slot',
-           'Policy', 'identity_policy', 'flip_crop', 'randaugment', 'autoaugment', 'cutmix_boxes', 'cutmix', 'partner',
-           'paste']
+           'Policy', 'identity_policy', 'flip_crop', 'lawful', 'weak_policy', 'randaugment', 'autoaugment',
+           'cutmix_boxes', 'cutmix', 'partner', 'paste']
 
 # %% ../nbs/03_augment.ipynb #imports
 import math
@@ -49,6 +49,8 @@ OPS = {
     "scale": Op("geo", 0.0, math.log(1.5), True),      # logarithm of the zoom
     "hflip": Op("geo", 0.0, 0.0, False),               # no magnitude
     "cutout": Op("erase", 0.0, 0.4, False),            # side of the hole, part of the shorter side
+    "vflip": Op("geo", 0.0, 0.0, False),               # no magnitude
+    "turn": Op("geo", 0.0, 4.0, False),                # quarter turns, 0 to 3
 }
 PHOTO = ("identity", "autocontrast", "equalize", "solarize", "color", "posterize", "contrast",
          "brightness", "sharpness")
@@ -121,13 +123,17 @@ def _matrices(op, value, size):
     one[..., [0, 1, 2], [0, 1, 2]] = 1
     rotate, scale = op == _CODE["rotate"], op == _CODE["scale"]
     angle = np.where(rotate, np.deg2rad(value), 0.0)
+    quarter = np.where(op == _CODE["turn"], np.pi / 2 * value, 0.0)
     zoom = np.exp(np.where(scale, value, 0.0))
     one[..., 0, 0] = np.cos(angle) * zoom * np.where(op == _CODE["hflip"], -1, 1)
-    one[..., 1, 1] = np.cos(angle) * zoom
+    one[..., 1, 1] = np.cos(angle) * zoom * np.where(op == _CODE["vflip"], -1, 1)
     one[..., 0, 1] = np.where(op == _CODE["shear_x"], value, -np.sin(angle))
     one[..., 1, 0] = np.where(op == _CODE["shear_y"], value, np.sin(angle))
     one[..., 0, 2] = np.where(op == _CODE["translate_x"], value * W, 0)
     one[..., 1, 2] = np.where(op == _CODE["translate_y"], value * H, 0)
+    if quarter.any():  # whole numbers: a quarter turn moves pixels onto pixels
+        c, s = np.cos(quarter).round(), np.sin(quarter).round()
+        one[..., :2, :2] = np.stack([c, -s, s, c], -1).reshape(n, k, 2, 2) @ one[..., :2, :2]
     matrix = one[:, 0]
     for j in range(1, k): matrix = one[:, j] @ matrix
     return matrix
@@ -447,6 +453,8 @@ def _draw(tables, n, size, generator):
     bits = op == _CODE["posterize"]
     value = np.where(bits, np.floor(value + 0.5), value)
     op = np.where(bits & (value >= 8), 0, op)  # eight bits are the image itself
+    turns, least = op == _CODE["turn"], 1 if size[0] == size[1] else 2
+    value = np.where(turns, least * np.floor(value / least), value)  # an oblong one stays in its frame
     return _build(op, value, u[..., 4:], size)
 
 # %% ../nbs/03_augment.ipynb #policy
@@ -512,6 +520,8 @@ def flip_crop(
     shift: float = 0.1,  # largest shift, as a part of the side
     flip: float = 0.5,  # probability of a mirror image
     fill: Sequence[float] = (0.5, 0.5, 0.5),  # mean of the data set
+    upside_down: float = 0.0,  # probability of a flip from top to bottom
+    turn: bool = False,  # turn by 0, 90, 180 or 270 degrees; oblong images by 0 or 180
 ) -> Policy:
     "The weak view: mirror, zoom, shift, in one warp"
     if not 0 < scale[0] <= scale[1]:
@@ -525,7 +535,26 @@ def flip_crop(
     far = shift / OPS["translate_x"].reach
     slots = (Slot(("hflip",), flip, 1.0, 1.0), Slot(("scale",), 1.0, *zoom, signed=False),
              Slot(("translate_x",), 1.0, 0.0, far), Slot(("translate_y",), 1.0, 0.0, far))
+    if upside_down: slots += (Slot(("vflip",), upside_down, 1.0, 1.0),)
+    if turn: slots += (Slot(("turn",)),)
     return Policy("flip_crop", (slots,), tuple(fill))
+
+# %% ../nbs/03_augment.ipynb #weak-policy
+def lawful(
+    task: object,  # a `Task`
+) -> dict:  # "flip" and "rotate", as the task has them
+    "Which mirror images and turns a task allows"
+    return {"flip": task.flip, "rotate": task.rotate}
+
+
+def weak_policy(
+    task: object,  # a `Task`: its mean colour fills the padding, its `flip` and `rotate` are obeyed
+    **zoom,  # of `flip_crop`: scale, shift
+) -> Policy:
+    "The weak view of a task's images, with those flips and turns alone that are lawful there"
+    return flip_crop(flip=0.0 if task.flip == "none" else 0.5, fill=task.mean,
+                     upside_down=0.5 if task.flip == "both" else 0.0, turn=task.rotate == 90,
+                     **zoom)
 
 # %% ../nbs/03_augment.ipynb #randaugment
 def randaugment(

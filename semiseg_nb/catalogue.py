@@ -11,9 +11,10 @@ __all__ = ['SCENES', 'PORTRAITS', 'PLAIN', 'VOC_CLASSES', 'VOC_PAGE', 'SBD_PAGE'
 import reprlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from semiseg_nb.core import (
     one_of,
 )
 from .data import Files, Images, Labelled, Task, as_size, image_tags
+from .doctor import Report, check_folder
 
 # %% ../nbs/51_catalogue.ipynb #imports-2
 from semiseg_nb.folders import (
@@ -39,19 +41,22 @@ from semiseg_nb.folders import (
     Folder,
     by_label_order,
     class_palette,
-    copies,
     cut,
     files_by_stem,
     folder_parts,
     further_splits,
     items_of_split,
+    levels_in,
     one_form,
     read_ids,
     seeded_order,
+    tuning_last,
+    user_path,
 )
 from semiseg_nb.pictures import (
+    FITS,
     Item,
-    check_colours,
+    as_bands,
     check_masks,
     check_values,
     read_image,
@@ -184,11 +189,8 @@ class Source:
     val: list
     table: Tensor | None = None  # uint8 (256): value in the mask file -> class id
     folder: Folder | None = None
-
-    @property
-    def white(self) -> float | None:
-        "The value that is white in images of more than 8 bits, one for the whole folder"
-        return self.folder.white if self.folder else None
+    report: Report | None = None  # of the doctor on a folder
+    reading: dict = field(default_factory=dict)  # of `read_image`, for all images
 
 # %% ../nbs/51_catalogue.ipynb #check-files
 def _one_size(items: Sequence, sizes: Sequence, size: tuple | None) -> tuple:
@@ -210,7 +212,9 @@ def _checked(source: Source, items: Sequence) -> tuple:
             if source.folder: where = f" at '{source.folder.root / 'masks' / item.id}.png'"
             raise UserError(f"Image '{item.image}' has no mask: expected one{where}, named like "
                             "the image.")
-    return survey(items, source.table)
+    if not source.report: return survey(items, source.table, source.reading.get("bands"))
+    looks = [source.report.looks[i.id] for i in items]  # the doctor has read them
+    return [k.size for k in looks], [k.histogram for k in looks]
 
 # %% ../nbs/51_catalogue.ipynb #weak-tags
 def _weak_tags(
@@ -242,16 +246,26 @@ def _weak_tags(
     return None
 
 # %% ../nbs/51_catalogue.ipynb #decode
-def _pictures(items: list, size: tuple, stretch: bool, white: float | None) -> Files:
-    read = partial(read_image, size=size, stretch=stretch, white=white)
-    how = f"images, stretched: {stretch}, white: {white}"
+def _pictures(items: list, size: tuple, fit: str, stretch: bool, reading: dict) -> Files:
+    read = partial(read_image, size=size, stretch=stretch, fit=fit, **reading)
+    how = f"images, stretched: {stretch}, white: {reading.get('white')}"
+    more = {k: v for k, v in reading.items() if k != "white"} | {"fit": fit}
+    if more != {"fit": "squash"}: how += f", {more}"
     return Files([i.image for i in items], read, (3, *size), how)
 
 
-def _masks(items: list, size: tuple, table: Tensor | None) -> Files:
-    read = partial(read_mask, size=size, table=table)
+def _masks(items: list, size: tuple, fit: str, table: Tensor | None) -> Files:
+    read = partial(read_mask, size=size, table=table, fit=fit)
     how = f"masks, table: {None if table is None else table.tolist()}"
+    if fit != "squash": how += f", fit: {fit}"
     return Files([i.mask for i in items], read, size, how)
+
+
+def _fit_of(fit: str | None, sizes: Sequence, size: tuple | None) -> str:
+    "How images get their size: as chosen, or cropped where they differ in shape, so none is bent"
+    if fit: return one_of(fit, FITS, "fit")
+    shapes = [w / h for h, w in sizes]
+    return "crop" if size and max(shapes) > 1.03 * min(shapes) else "squash"
 
 
 def _a_set(
@@ -270,30 +284,25 @@ def _a_set(
     return Labelled(ids, load(pictures), load(masks), n_classes, crop, files)
 
 # %% ../nbs/51_catalogue.ipynb #build
-def _check_copies(training: list, measured: list) -> None:
-    "Raise `UserError` when an image that is measured is also trained on under another name"
-    names = {i.id for i in measured}
-    for group in copies([*training, *measured]):
-        tests = [i for i in group if i.id in names]
-        trains = [i for i in group if i.id not in names]
-        if tests and trains:
-            raise UserError(f"'{trains[0].image}' and '{tests[0].image}' are the same picture: a "
-                            "model would be tested on what it was trained on; remove one, or "
-                            "give copies_allowed=True.")
-
-
 def _build(
     source: Source, labelled: list, unlabelled: list, tune: list,
     size: tuple | None, crop: tuple | None, stretch: bool, weak_tags: bool, memory_limit: float,
+    fit: str | None,
 ) -> Task:
     "Check every file that will be used, then decode (or, beyond `memory_limit`, leave on disk)"
     sets = [labelled, source.val, tune]
     surveys = [_checked(source, items) for items in sets]
     masked, histograms = sum(sets, []), sum((h for _, h in surveys), [])
-    white, table = source.white, source.table
-    classes = check_masks(masked, histograms, source.classes)
-    if source.folder: check_colours(masked, histograms)
-    sizes, _ = survey([Item(i.id, i.image) for i in unlabelled])
+    classes = source.classes or check_masks(masked, histograms, None)
+    if not source.report:
+        check_masks(masked, histograms, classes)
+        sizes, _ = survey([Item(i.id, i.image) for i in unlabelled])
+    else: sizes = [source.report.looks[i.id].size for i in unlabelled]
+    if source.folder: fit = _fit_of(fit, sum((s for s, _ in surveys), sizes), size)
+    elif fit:
+        raise UserError(f"fit is '{fit}', but only the images of a folder can be cropped or put "
+                        "into a letterbox: leave it out.")
+    fit = fit or "squash"
     train = _one_size(labelled + unlabelled, surveys[0][0] + sizes, size)
     frames = [train]
     for items, (found, _) in zip(sets[1:], surveys[1:]):
@@ -302,16 +311,21 @@ def _build(
     in_memory = 4 * sum(area) + 3 * len(unlabelled) * train[0] * train[1] <= memory_limit
 
     def with_masks(items: list, size: tuple, crop: tuple | None = None) -> Labelled:
-        pictures, masks = _pictures(items, size, stretch, white), _masks(items, size, table)
+        pictures = _pictures(items, size, fit, stretch, source.reading)
+        masks = _masks(items, size, fit, source.table)
         return _a_set(items, pictures, in_memory, masks, len(classes), crop=crop)
 
     tags = _weak_tags(source, unlabelled, len(classes), train, weak_tags)
-    pictures = _pictures(unlabelled, train, stretch, white)
+    no_border = "crop" if fit == "letterbox" else fit  # no mask says where a border would be
+    pictures = _pictures(unlabelled, train, no_border, stretch, source.reading)
+    given = {"size": list(size) if size else None, "stretch": stretch,
+             "fit": fit if fit != "squash" else None}
     return Task(source.name, classes, source.palette or class_palette(len(classes)),
                 labelled=with_masks(labelled, train, crop),
                 unlabelled=_a_set(unlabelled, pictures, in_memory, tags=tags, crop=crop),
                 val=with_masks(source.val, frames[1]),
-                tune=with_masks(tune, frames[2]) if tune else None)
+                tune=with_masks(tune, frames[2]) if tune else None,
+                reading={k: v for k, v in given.items() if v} | source.reading)
 
 # %% ../nbs/51_catalogue.ipynb #voc
 def _opened(make: Callable, root: Path, name: str, page: str, tree: str) -> list:
@@ -442,16 +456,21 @@ def _pet(root: Path, split_seed: int) -> Source:
 # %% ../nbs/51_catalogue.ipynb #find-source
 def _source(
     dataset: str, data_root: str | Path | None, split_seed: int, ids: list | None, augmented: bool,
+    bands: Sequence | None, groups: str | None, copies_allowed: bool,
 ) -> Source:
     "The files of a data set; raises `UserError` when they are not where they should be"
     if data_root is None:
         raise UserError(f"dataset '{dataset}' needs data_root: give the folder in which it lies.")
-    root = Path(str(data_root))
+    root = user_path(data_root)
     if dataset == "folder":
-        folder = Folder(root)
-        parts = folder_parts(folder, split_seed)
+        report = check_folder(root, bands, groups)
+        problems = report.mistakes if copies_allowed else report.problems
+        if problems: raise UserError(problems[0])
+        folder = report.folder
+        parts = folder_parts(folder, split_seed, report.groups)
         name = folder.info.get("name", folder.root.resolve().name) or "folder"
-        source = Source(name, folder.all_classes, folder.palette, *parts, folder=folder)
+        source = Source(name, report.classes, folder.palette, *parts, folder=folder, report=report,
+                        reading=report.reading)
     elif dataset == "voc": source = _voc(root, split_seed, augmented)
     elif dataset == "context": source = _context(root, split_seed)
     elif dataset == "cityscapes": source = _cityscapes(root, split_seed)
@@ -499,16 +518,28 @@ def load_task(
     augmented: bool = True,  # voc: add the images of SBD (10,582 in all)
     memory_limit: NonNegative = 2e9,  # bytes; a larger task is read from disk batch by batch
     copies_allowed: bool = False,  # folder: go on though a validation picture is also trained on
+    fit: str | None = None,  # folder: "crop", "letterbox", "squash"; None: see `read_image`, `size`
+    bands: Sequence | None = None,  # folder: channels of many that are red, green, blue, from 1
+    groups: str | None = None,  # folder: what stays together, a regular expression over names
+    flip: Literal["none", "horizontal", "both"] = "horizontal",  # which mirror images are lawful
+    rotate: Literal[0, 90] = 0,  # 90: any number of quarter turns is lawful
 ) -> Task:
     "A checked task: labelled, unlabelled, tuning and validation images; raises `UserError`"
     one_of(dataset, DATASETS, "dataset")
     further = further_splits(dataset, extra_unlabelled, unlabelled_from)
     crop = as_size(crop, "crop")
+    only = {"fit": fit, "bands": bands, "groups": groups} if dataset != "folder" else {}
+    for name, value in only.items():
+        if value is not None:
+            raise UserError(f"{name} is {value!r}, but only the dataset 'folder' knows it: leave "
+                            "it out.")
+    bands = as_bands(bands)
     if dataset == "scenes":
         if label_order is not None:
             raise UserError("label_order lists files: for scenes choose a split_seed instead.")
-        return _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, strength,
+        task = _scenes_task(n_labelled, split_seed, size, n_unlabelled, n_tune, style, strength,
                             weak_tags, crop)
+        return _with_views(task, flip, rotate)
     if dataset == "portraits":
         options = dict(n_tune=n_tune, crop=crop, stretch=stretch, weak_tags=weak_tags,
                        label_order=label_order)
@@ -516,18 +547,35 @@ def load_task(
         if name:
             raise UserError(f"{name} is {options[name]!r}, but portraits know style and strength "
                             "only: leave it out.")
-        return _portraits_task(n_labelled, split_seed, size, n_unlabelled, style, strength)
-    source = _source(dataset, data_root, split_seed, read_ids(label_order), augmented)
+        task = _portraits_task(n_labelled, split_seed, size, n_unlabelled, style, strength)
+        return _with_views(task, flip, rotate)
+    source = _source(dataset, data_root, split_seed, read_ids(label_order), augmented, bands,
+                     groups, copies_allowed)
     pool = list(source.pool) if unlabelled_from is None else []
-    for split in further: pool += items_of_split(source.folder, split)
-    labelled, unlabelled, tune = cut(source.order, pool, n_labelled, n_unlabelled, n_tune,
+    for split in further: pool += [i for i in items_of_split(source.folder, split) if i not in pool]
+    order, aside = source.order, n_tune
+    if source.report:
+        order, pool, aside = tuning_last(order, pool, n_tune, source.report.groups)
+    labelled, unlabelled, tune = cut(order, pool, n_labelled, n_unlabelled, aside,
                                      unlabelled_from is not None)
     task = _build(source, labelled, unlabelled, tune, as_size(size), crop, stretch, weak_tags,
-                  memory_limit)
-    if not source.folder: return task
-    if not copies_allowed: _check_copies([*labelled, *unlabelled], [*tune, *source.val])
-    if source.folder.notes: warnings.warn(" ".join(source.folder.notes), stacklevel=3)
+                  memory_limit, fit)
+    if source.folder: _say(source, task)
+    return _with_views(task, flip, rotate)
+
+
+def _with_views(task: Task, flip: str, rotate: int) -> Task:
+    task.flip, task.rotate = flip, rotate
     return task
+
+
+def _say(source: Source, task: Task) -> None:
+    "Warn of what is not used, and of images that are not seen whole"
+    notes, fit = list(source.folder.notes), task.reading.get("fit")
+    if fit == "crop":
+        notes.append(f"Images have other shapes than {task.size} (height, width): the middle of "
+                     "each is used (fit='letterbox' keeps the whole, fit='squash' bends it).")
+    if notes: warnings.warn(" ".join(notes), stacklevel=4)
 
 # %% ../nbs/51_catalogue.ipynb #load-split
 @checked
@@ -539,6 +587,8 @@ def load_split(
     stretch: bool = False,
     ids: Sequence | None = None,  # only these, e.g. `task.unlabelled.ids` of "train"
     classes: tuple | None = None,  # folder without a list of classes: `task.classes`
+    fit: str | None = None,  # folder, as for `load_task`
+    bands: Sequence | None = None,
     style: str = "photo",
     strength: Fraction = 1.0,
     memory_limit: NonNegative = 2e9,
@@ -552,9 +602,10 @@ def load_split(
             raise UserError("dataset 'folder' needs data_root: give the folder in which it lies.")
         folder = Folder(data_root)
         names, items = folder.classes or classes, list(folder.split(split).values())
-        source = Source("folder", names, None, items, [], [], folder=folder)
+        reading = folder.reading(levels_in([i.image for i in folder.items], as_bands(bands)), bands)
+        source = Source("folder", names, None, items, [], [], folder=folder, reading=reading)
     else:
-        source = _source(dataset, data_root, 0, None, True)
+        source = _source(dataset, data_root, 0, None, True, None, None, True)
         if one_of(split, ("train", "val"), "split") == "val": source.order = source.val
     items = source.order
     if ids is not None:
@@ -567,12 +618,14 @@ def load_split(
         source.classes = source.classes or source.folder.all_classes
         for item, histogram in zip(items, histograms):
             check_values(item, histogram, len(source.classes))
-    else: sizes, _ = survey([Item(i.id, i.image) for i in items])
+    else: sizes, _ = survey([Item(i.id, i.image) for i in items], None, source.reading.get("bands"))
+    fit = _fit_of(fit, sizes, as_size(size)) if dataset == "folder" else "squash"
     size, n_classes = _one_size(items, sizes, as_size(size)), len(source.classes or ())
     in_memory = 4 * len(items) * size[0] * size[1] <= memory_limit
-    pictures = _pictures(items, size, stretch, source.white)
+    pictures = _pictures(items, size, fit if labelled or fit != "letterbox" else "crop", stretch,
+                         source.reading)
     if labelled:
-        masks = _masks(items, size, source.table)
+        masks = _masks(items, size, fit, source.table)
         return _a_set(items, pictures, in_memory, masks, n_classes)
     tags = _weak_tags(source, items, n_classes, size, False)
     return _a_set(items, pictures, in_memory, tags=tags)
@@ -637,7 +690,8 @@ def load_across(
         return source, across(source, target.unlabelled, target.val, target.tune)
     unlabelled = load_task(dataset, unlabelled_from=target_split, **shared).unlabelled
     val = load_split(dataset, data_root, target_val, size=source.size,
-                     stretch=more.get("stretch", False), classes=source.classes)
+                     stretch=more.get("stretch", False), classes=source.classes,
+                     fit=source.reading.get("fit", "squash"), bands=source.reading.get("bands"))
     if not isinstance(val, Labelled):
         raise UserError(f"target_val '{target_val}' has images without masks: choose a split that "
                         "has them all.")

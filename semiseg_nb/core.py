@@ -369,6 +369,9 @@ def _finite(text: str) -> float:
     return number
 
 
+def _utf8(raw: bytes) -> str: return raw.decode("utf-8-sig")  # with or without the mark of Windows
+
+
 def _small_int(text: str) -> int:
     if len(text) > 18: raise ValueError(f"{text[:20]}... is too large a number")
     return int(text)
@@ -378,9 +381,10 @@ def read_json(
     path: str | Path,
     what: str = "file",  # how the file is called in the sentence
     remedy: str = "write it again",  # what to do when it is broken
+    decode: Callable = _utf8,  # bytes -> text
 ) -> object:  # objects, lists, text, finite numbers
     "Read a JSON file; raises `UserError` when it is missing, unreadable, broken, or no sane JSON"
-    try: text = Path(path).read_bytes().decode("utf-8-sig")  # with or without the mark of Windows
+    try: text = decode(Path(path).read_bytes())
     except FileNotFoundError: raise UserError(f"There is no {what} {path}: {remedy}.") from None
     except OSError as e:
         raise UserError(f"The {what} {path} cannot be read ({e.strerror}): "

@@ -27,6 +27,7 @@ from semiseg_nb.adversarial import (
     lsgan,
     start_small,
 )
+from .augment import lawful
 from .catalogue import joined
 from .clock import Clock
 from semiseg_nb.core import (
@@ -45,6 +46,7 @@ from semiseg_nb.core import (
 )
 from .data import Labelled, Task, one_pass
 from .engine import Method, Stage, recipe
+from .ganaugment import random_turn
 from .losses import cross_entropy
 from .supervised import Supervised, jointly
 
@@ -144,6 +146,8 @@ def shift_and_flip(
     stream: str,  # name of the draw
     shift: float = 0.1,  # largest shift, as a part of the side
     y: Tensor | None = None,  # (B,H,W) mask that belongs to x
+    flip: str = "horizontal",  # of the task, see `augment.lawful`
+    rotate: int = 0,
 ):  # x, or (x, y)
     "Flip half of the images and shift all by whole pixels, reflected at the border"
     (n, _, h, w), device = x.shape, x.device
@@ -155,14 +159,16 @@ def shift_and_flip(
         return last - (last - at.abs()).abs()  # -1 becomes 1, side becomes side - 2
 
     rows, columns = places(h, u[:, 0]), places(w, u[:, 1])
-    columns = torch.where(u[:, 2:] < 0.5, w - 1 - columns, columns)
+    if flip != "none": columns = torch.where(u[:, 2:] < 0.5, w - 1 - columns, columns)
     pixel = (rows[:, :, None] * w + columns[:, None, :]).flatten(1)
 
     def take(t: Tensor) -> Tensor:
         index = pixel[:, None].expand(-1, t.shape[1], -1)
         return t.flatten(2).gather(2, index).view(t.shape)
 
-    return take(x) if y is None else (take(x), take(y[:, None])[:, 0])
+    maps = (take(x),) if y is None else (take(x), take(y[:, None])[:, 0])
+    maps = random_turn(clock, stream, *maps, flip=flip, rotate=rotate)
+    return maps[0] if y is None else maps
 
 
 def add_noise(x: Tensor, std: float, clock: Clock, stream: str) -> Tensor:
@@ -245,6 +251,7 @@ class CycleGAN(Method):
         self.cycle, self.identity, self.semantic, self.noise = cycle, identity, semantic, noise
         self.translator, self.critic = translator, critic
         self.pool, self.shift, self.lr, self.decay = pool, shift, lr, decay
+        self.lawful = lawful(task)
         self.G, self.F = Translator(3, 3, **translator), Translator(3, 3, **translator)
         self.D_B, self.D_A = PatchDiscriminator(3, **critic), PatchDiscriminator(3, **critic)
         size = tuple(task.labelled.crop or task.size)
@@ -257,8 +264,9 @@ class CycleGAN(Method):
 
     def updates(self, lab, unl, clock):
         lam, lam_id = self.cycle, self.cycle * self.identity
-        a, y = shift_and_flip(lab["image"] * 2 - 1, clock, "source", self.shift, lab["mask"])
-        b = shift_and_flip(unl["image"] * 2 - 1, clock, "target", self.shift)
+        a, y = shift_and_flip(lab["image"] * 2 - 1, clock, "source", self.shift, lab["mask"],
+                              **self.lawful)
+        b = shift_and_flip(unl["image"] * 2 - 1, clock, "target", self.shift, **self.lawful)
 
         if lam_id:  # instance norm: G of two is G of each
             fake_b, same_b = jointly(self.G, a, b)

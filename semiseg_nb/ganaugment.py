@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pixels', 'background', 'fill', 'jitter', 'slide', 'cutout', 'DiffAugment', 'bilinear', 'warp', 'geometry', 'colours',
-           'Ada', 'augmentation', 'random_flip']
+           'Ada', 'augmentation', 'random_flip', 'random_turn']
 
 # %% ../nbs/39_ganaugment.ipynb #imports
 import math
@@ -144,13 +144,14 @@ def geometry(
     side: int,
     p: Tensor,  # scalar: how often each transformation happens
     rng: torch.Generator | None = None,
+    mirror: bool = True,  # whether mirror images are lawful
 ) -> Tensor:  # (n,2,3): from a place in the result to one in the image, in pixels off the centre
     "Flips, quarter turns, shifts, zooms, turns: each with probability p, in one matrix"
     def draws(f, k): return f(k, n, generator=rng).to(p.device, non_blocking=True)
     coin, u, g = draws(torch.rand, 8), draws(torch.rand, 6), draws(torch.randn, 4)
     def if_(k, value, chance=p): return torch.where(coin[k] < chance, value, 0.0)
     turning = 1 - (1 - p).clamp(min=0).sqrt()  # two chances to turn: p that one of them comes
-    flip = 1 - 2 * if_(0, (u[0] * 2).floor())
+    flip = 1 - 2 * if_(0, (u[0] * 2).floor()) * mirror
     angle = if_(1, (u[1] * 4).floor() * math.pi / 2) + if_(4, math.pi * (2 * u[4] - 1), turning)
     again = if_(6, math.pi * (2 * u[5] - 1), turning)
     zoom, stretch = torch.exp2(if_(3, 0.2 * g[0])), torch.exp2(if_(5, 0.2 * g[1]))
@@ -193,16 +194,19 @@ class Ada(nn.Module):
         kimg: Positive = 10.0,  # thousands of images in which p can go from 0 to 1; the paper: 500
         p_max: Fraction = 0.8,  # where p stops: beyond, its marks show in images; the paper: 1
         every: Count = 4,  # steps between corrections
+        mirror: bool = True,  # whether mirror images are lawful
     ):
         super().__init__()
         self.target, self.kimg, self.p_max, self.every = target, kimg, p_max, every
+        self.mirror = mirror
         self.register_buffer("p", torch.zeros(()))
         self.register_buffer("signs", torch.zeros(()))
 
     def forward(self, x: Tensor, y: Tensor | None = None, rng: torch.Generator | None = None):
         "Augment images (B,3,S,S), and label maps (B,K,S,S) with the same geometry"
         with torch.autocast(x.device.type, enabled=False):  # places in pixels want all their digits
-            matrix, colour = geometry(len(x), x.shape[2], self.p, rng), colours(len(x), self.p, rng)
+            matrix = geometry(len(x), x.shape[2], self.p, rng, self.mirror)
+            colour = colours(len(x), self.p, rng)
             x = warp(x.float(), matrix)
             x = (colour[:, :, :3] @ x.flatten(2) + colour[:, :, 3:]).view_as(x)
             return x if y is None else (x, warp(y.float(), matrix))
@@ -227,16 +231,43 @@ class Ada(nn.Module):
 def augmentation(
     kind: str,  # "" none, "ada", or a policy of `DiffAugment`
     kimg: Positive = 10.0,  # of `Ada`
+    mirror: bool = True,  # of `Ada`
 ) -> DiffAugment | Ada:
     "An augmentation by its name; raises `UserError` for an unknown one"
-    return Ada(kimg=kimg) if kind == "ada" else DiffAugment(kind)
+    return Ada(kimg=kimg, mirror=mirror) if kind == "ada" else DiffAugment(kind)
 
 
 def random_flip(
     clock: Clock,
     stream: str,
     *maps: Tensor,  # (B,C,H,W) or (B,H,W), of the same B images
+    flip: str = "horizontal",  # of the task, see `augment.lawful`
+    rotate: int = 0,
 ) -> tuple[Tensor, ...]:
-    "Half of the images from left to right, all their maps with them"
+    "Half of the images from left to right where that is lawful, all their maps with them"
+    if flip != "none": maps = _flipped(clock, stream, maps, -1)
+    return random_turn(clock, stream, *maps, flip=flip, rotate=rotate)
+
+
+def _flipped(clock: Clock, stream: str, maps: tuple, axis: int) -> tuple[Tensor, ...]:
     coin = (clock.rand(stream, len(maps[0])) < 0.5).to(maps[0].device, non_blocking=True)
-    return tuple(torch.where(coin.view(-1, *(1,) * (m.ndim - 1)), m.flip(-1), m) for m in maps)
+    return tuple(torch.where(coin.view(-1, *(1,) * (m.ndim - 1)), m.flip(axis), m) for m in maps)
+
+
+def random_turn(
+    clock: Clock,
+    stream: str,
+    *maps: Tensor,  # (B,C,H,W) or (B,H,W), of the same B images
+    flip: str = "horizontal",  # of the task, see `augment.lawful`
+    rotate: int = 0,
+) -> tuple[Tensor, ...]:
+    "The lawful views beside a mirror image: upside down, by quarter turns (oblong ones by half)"
+    if flip == "both": maps = _flipped(clock, f"{stream} upside down", maps, -2)
+    if not (rotate and len(maps[0])): return maps
+    least = 1 if maps[0].shape[-1] == maps[0].shape[-2] else 2
+    drawn = clock.rand(f"{stream} turn", len(maps[0]))
+    turns = (drawn * 4 / least).long().mul(least).tolist()
+
+    def turned(rows: Tensor) -> Tensor:
+        return torch.stack([m.rot90(k, (-2, -1)) for m, k in zip(rows, turns)])
+    return tuple(map(turned, maps))

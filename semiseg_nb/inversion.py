@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .augment import lawful
 from .checkpoint import load_weights, save_weights
 from .core import IGNORE, Count, NonNegative, Positive, UserError, Whole, checked, frozen
 from .core import generator as rng_of
@@ -325,6 +326,7 @@ class SemanticEncoder(Method):
         self.noise, self.intensity = noise, intensity
         self.restarts, self.spread = restarts, spread
         self.mixing, self.flip, self.gan_settings = gan.mixing, gan.flip, settings_in_force(gan)
+        self.lawful = lawful(task)
         self.G = frozen(copy.deepcopy(gan.ema.net))
         self.distance = self.perceptual_distance(gan.D_r)
         z = torch.randn(4096, self.G.d, generator=rng_of(0, "mean code"))  # the same for every run
@@ -341,8 +343,8 @@ class SemanticEncoder(Method):
         x, y = lab["image"] * 2 - 1, lab["mask"]
         u = x[:0] if unl is None else unl["image"] * 2 - 1
         if self.flip:
-            x, y = random_flip(clock, "flip pairs", x, y)
-            u, = random_flip(clock, "flip images", u)
+            x, y = random_flip(clock, "flip pairs", x, y, **self.lawful)
+            u, = random_flip(clock, "flip images", u, **self.lawful)
         n, m = len(x), len(u)
         w = styles(self.G, n if self.generated else 0, self.mixing, clock, "codes").detach()
         with torch.no_grad():

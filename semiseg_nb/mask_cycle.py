@@ -22,6 +22,7 @@ from semiseg_nb.adversarial import (
     lsgan,
     straight_through,
 )
+from .augment import lawful
 from .core import IGNORE, Fraction, NonNegative, Positive, Range, Whole, checked
 from semiseg_nb.cyclegan import (
     Translator,
@@ -73,7 +74,7 @@ class MaskCycle(Supervised):
         self.label_cycle, self.regression = label_cycle, regression
         self.start, self.d_noise, self.renderer, self.critic = start, d_noise, renderer, critic
         self.pool, self.shift, self.r_lr = pool, shift, r_lr
-        self.n_classes = task.n_classes
+        self.n_classes, self.lawful = task.n_classes, lawful(task)
         self.uses_unlabelled = any((adversarial, image_cycle, label_cycle, regression))
         of_critic = {"n_layers": 1, **critic}
         self.R = Translator(self.n_classes, 3, **renderer)
@@ -97,8 +98,9 @@ class MaskCycle(Supervised):
         if clock.fraction < self.start or not self.uses_unlabelled:
             yield "net", {"supervised": self.supervised_loss(self.net(x), y)}
         else:
-            x_m, y_m = shift_and_flip(lab["image"] * 2 - 1, clock, "drawn", self.shift, lab["mask"])
-            u = shift_and_flip(unl["image"] * 2 - 1, clock, "unlabelled", self.shift)
+            x_m, y_m = shift_and_flip(lab["image"] * 2 - 1, clock, "drawn", self.shift, lab["mask"],
+                                      **self.lawful)
+            u = shift_and_flip(unl["image"] * 2 - 1, clock, "unlabelled", self.shift, **self.lawful)
             def blur(m: Tensor, stream: str) -> Tensor:
                 return add_noise(m, self.d_noise, clock, stream)
 

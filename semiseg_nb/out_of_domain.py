@@ -179,11 +179,13 @@ def colour_views(
     without: tuple = (),  # operations of `augment.PHOTO` to leave out
     n: Whole = 2,  # operations per image
     strength: Fraction = 0.5,
+    weak: Policy | None = None,  # `augment.weak_policy` of the task; None: `flip_crop`
 ) -> list[Policy]:  # for `Supervised.policies`: applied one after the other
     "Flip and zoom, then RandAugment over colours; raises `UserError` for an unknown operation"
     for name in without: one_of(name, PHOTO, "operation")
     ops = tuple(o for o in PHOTO if o not in without)
-    return [flip_crop(fill=fill), randaugment(n=n, strength=strength, ops=ops, fill=fill)]
+    colours = randaugment(n=n, strength=strength, ops=ops, fill=fill)
+    return [weak or flip_crop(fill=fill), colours]
 
 # %% ../nbs/44_out_of_domain.ipynb #with-target
 @checked

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adversarial import PatchDiscriminator, answer, hinge, straight_through
-from .augment import flip_crop, paste
+from .augment import paste, weak_policy
 from .clock import Clock
 from semiseg_nb.core import (
     IGNORE,
@@ -266,7 +266,7 @@ class Phase2(Method):
         self.G2, self.E_s, self.D_r = Renderer(task.n_classes, d), StyleEncoder(d), patch_critic(3)
         self.D_m = patch_critic(3 + self.n_classes) if D_m is None else copy.deepcopy(D_m)
         # zooms in, hence no padding
-        self.whole = flip_crop(scale=(1.0, 1.25), shift=0.0, fill=task.mean)
+        self.whole = weak_policy(task, scale=(1.0, 1.25), shift=0.0)
 
         def adam(rate: float, *nets: nn.Module) -> torch.optim.Adam:
             weights = [p for net in nets for p in net.parameters()]
@@ -474,7 +474,7 @@ class Phase3(Phase1):
         self.S, self.S2, self.translated, self.rendered = S, S2, translated, rendered
         self.self_training, self.threshold, self.mix = self_training, threshold, mix
         self.cycle, self.ramp = cycle, ramp
-        self.whole = flip_crop(scale=(1.0, 1.25), shift=0.0, fill=task.mean)
+        self.whole = weak_policy(task, scale=(1.0, 1.25), shift=0.0)
         self.uses_unlabelled = self_training > 0 or cycle > 0 or self.adversarial > 0
 
     def mask(self, p: Tensor) -> Tensor:

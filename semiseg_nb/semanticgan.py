@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .adversarial import answer, d_loss, g_loss, r1_penalty
+from .augment import lawful
 from .checkpoint import read_weights, save_weights
 from .clock import Clock
 from .core import EMA, IGNORE, Count, Fraction, NonNegative, Positive, UserError, checked
@@ -213,7 +214,9 @@ class SemanticGAN(Method):
         self.ema = EMA(self.G)
         self.D_r = Discriminator(self.G.size, 3, self.G.channels)
         self.D_m = PatchDiscriminators(3 + task.n_classes, **discriminator or {})
-        self.t_r, self.t_m = augmentation(augment), augmentation(augment_pairs)
+        self.lawful = lawful(task)
+        self.t_r = augmentation(augment, mirror=task.flip != "none")
+        self.t_m = augmentation(augment_pairs)
         self.register_buffer("path_mean", torch.zeros(()))
         self.optimisers = {"D_r": lazy_adam(self.D_r, lr, self.r1_every if r1 else 0),
                            "D_m": lazy_adam(self.D_m, dm_lr, self.r1_every if r1_m else 0),
@@ -242,8 +245,8 @@ class SemanticGAN(Method):
         if unl is not None: x = real_images(x, unl["image"], self.share, clock)
         x, x_l, y_l = x * 2 - 1, lab["image"] * 2 - 1, lab["mask"]
         if self.flip:
-            x, = random_flip(clock, "flip images", x)
-            x_l, y_l = random_flip(clock, "flip pairs", x_l, y_l)
+            x, = random_flip(clock, "flip images", x, **self.lawful)
+            x_l, y_l = random_flip(clock, "flip pairs", x_l, y_l, **self.lawful)
         pair = torch.cat([x_l, encode_labels(y_l, self.G.n_classes)], 1)
         n, m = len(x), len(pair)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adversarial import answer, d_loss, g_loss, r1_penalty
+from .augment import lawful
 from .clock import Clock
 from .core import EMA, Count, Fraction, NonNegative, Positive, UserError, checked, one_of
 from .data import Task
@@ -547,7 +548,8 @@ class StyleGAN2(Method):
         size = side_of(task)
         channels = channels_for(size, width)
         self.G, self.D = Generator(size, d, channels, n_map=n_map), Discriminator(size, 3, channels)
-        self.T = augmentation(augment, ada_kimg)
+        self.lawful = lawful(task)
+        self.T = augmentation(augment, ada_kimg, task.flip != "none")
         self.ema = EMA(self.G)
         self.register_buffer("path_mean", torch.zeros(()))
         self.optimisers = {"discriminator": lazy_adam(self.D, lr, r1_every if gamma else 0),
@@ -564,7 +566,7 @@ class StyleGAN2(Method):
 
     def updates(self, lab, unl, clock):
         x = torch.cat([lab["image"], unl["image"]] if unl else [lab["image"]]) * 2 - 1
-        if self.mirror: x, = random_flip(clock, "mirror", x)
+        if self.mirror: x, = random_flip(clock, "mirror", x, **self.lawful)
         n = len(x)
 
         with torch.no_grad(): fake = self.draw(n, clock, "d")

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from .augment import Policy, flip_crop, randaugment
+from .augment import Policy, flip_crop, randaugment, weak_policy
 from .clock import Clock
 from semiseg_nb.core import (
     EMA,
@@ -35,10 +35,11 @@ def labelled_views(
     fill: tuple = (0.5, 0.5, 0.5),  # mean colour of the data set, for padding
     n: int = 2,  # photometric operations of the strong view
     strength: float = 0.5,  # their strength in [0,1]
+    weak: Policy | None = None,  # `augment.weak_policy` of a task; None: `flip_crop`
 ) -> list[Policy]:  # applied one after the other
     "The views of labelled images; raises `UserError` for another kind"
     one_of(kind, ("weak", "strong"), "views")
-    weak = flip_crop(fill=fill)
+    weak = weak or flip_crop(fill=fill)
     return [weak] if kind == "weak" else [weak, randaugment(n=n, strength=strength, fill=fill)]
 
 
@@ -107,8 +108,8 @@ class Supervised(Method):
         weight = None if counts is None else capped_weights(counts, class_weights)
         self.register_buffer("class_weight", weight, persistent=False)
         self.net, self.ema = net, EMA(net, ema_decay)
-        self.policies = labelled_views(views, task.mean, n, strength)
-        self.weak = flip_crop(fill=task.mean)
+        self.weak = weak_policy(task)
+        self.policies = labelled_views(views, task.mean, n, strength, self.weak)
         self.strong = randaugment(n=n, strength=strength, fill=task.mean)
         adam = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         self.optimisers = {"net": adam}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import flip_crop, randaugment
+from .augment import randaugment, weak_policy
 from .core import IGNORE, NonNegative, Positive, Range, UserError, checked
 from .data import Images, Task, one_pass
 from .engine import Method
@@ -33,10 +33,11 @@ class CAMNet(nn.Module):
         mean: tuple = (0.5, 0.5, 0.5),  # of the training images
         pool: float = 0.25,  # a tag is the mean over this highest part of its map; the paper: 1
         telling: Tensor | None = None,  # (C) bool, see `telling_tags`; None: all but class 0
+        mirror: bool = True,  # whether a mirror image is lawful too, see `cams`
     ):
         super().__init__()
         self.register_buffer("telling", torch.arange(n_classes) > 0 if telling is None else telling)
-        self.pool = pool
+        self.pool, self.mirror = pool, mirror
         self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1))
         self.body = nn.Sequential(conv_bn_relu(3, width), conv_bn_relu(width, 2 * width, stride=2),
                                   conv_bn_relu(2 * width, 2 * width),
@@ -91,9 +92,10 @@ class Tagger(Method):
         self.lr = lr
         self.weight_decay = weight_decay
         telling = telling_tags(task.unlabelled.tags)
-        self.net = CAMNet(task.n_classes, mean=task.mean, pool=pool, telling=telling)
+        self.net = CAMNet(task.n_classes, mean=task.mean, pool=pool, telling=telling,
+                          mirror=task.flip != "none")
         self.register_buffer("index", self.net.telling.nonzero().flatten())
-        self.views = [flip_crop(fill=task.mean), randaugment(n=1, strength=0.3, fill=task.mean)]
+        self.views = [weak_policy(task), randaugment(n=1, strength=0.3, fill=task.mean)]
         weights = self.net.parameters()
         adam = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay, fused=True)
         self.optimisers = {"net": adam}
@@ -127,7 +129,7 @@ def cams(
         small = x
         if scale != 1:
             small = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-        for flip in (False, True):
+        for flip in (False, True) if net.mirror else (False,):
             maps = net.maps(small.flip(-1) if flip else small).float().relu()
             maps = maps.flip(-1) if flip else maps
             maps = F.interpolate(maps, size=x.shape[-2:], mode="bilinear", align_corners=False)

@@ -35,8 +35,8 @@ from semiseg_nb.catalogue import load_task
 from semiseg_nb.checkpoint import fingerprint, load_weights, read_state, read_weights, save_weights, write_state
 from semiseg_nb.core import UserError, seed_everything
 from semiseg_nb.data import Images, Labelled, Task
+from semiseg_nb.doctor import check_folder
 from semiseg_nb.engine import Run, fit
-from semiseg_nb.folders import check_folder
 from semiseg_nb.leaderboard import compare
 from semiseg_nb.models import build_model
 from semiseg_nb.records import make_record, read_records, write_record

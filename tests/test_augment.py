@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from semiseg_nb.augment import (
     from_tv_bin,
     identity_policy,
     randaugment,
+    weak_policy,
 )
 from semiseg_nb.core import UserError, generator
 
@@ -401,3 +403,37 @@ def test_other_precisions(dtype):
     image, (soft, valid) = policy.apply_image(x.to(dtype), P), policy.apply_pred(p.to(dtype), P)
     assert image.dtype == soft.dtype == dtype and torch.equal(valid, policy.valid(P))
     assert (soft.float() - policy.apply_pred(p, P)[0]).abs().max() < 0.02
+
+
+# ---------------------------------------------------------------- lawful views
+def task_with(flip="horizontal", rotate=0): return SimpleNamespace(mean=(0.0, 0.0, 0.0), flip=flip, rotate=rotate)
+
+
+def kinds_of_views(flip, rotate, size=(4, 4), n=400):
+    "Which of the eight symmetries of a picture are drawn: (flipped?, quarter turns)"
+    policy = weak_policy(task_with(flip, rotate), scale=(1, 1), shift=0)
+    x = (torch.arange(size[0] * size[1]) / size[0] / size[1]).view(1, 1, *size).expand(1, 3, *size)
+    P = policy.sample(n, size, generator(0, flip, rotate))
+    views = policy.apply_image(x.expand(n, 3, *size).contiguous(), P)
+    symmetries = {(m, k): (x.flip(-1) if m else x).rot90(k, (-2, -1)) for m in (False, True) for k in range(4)}
+    symmetries = {key: v for key, v in symmetries.items() if v.shape == x.shape}
+    seen = [[key for key, v in symmetries.items() if torch.allclose(row[None], v, atol=1e-5)] for row in views]
+    assert all(len(s) == 1 for s in seen), "a view is one of the symmetries, to the pixel: no padding"
+    y = (x[:, 0] * 255).round().to(torch.uint8).expand(n, *size).contiguous()
+    assert torch.equal(policy.apply_label(y, P), (views[:, 0] * 255).round().to(torch.uint8)) and policy.valid(P).all()
+    return {s[0] for s in seen}
+
+
+@pytest.mark.parametrize("flip, rotate, kinds", [
+    ("none", 0, {(False, 0)}), ("horizontal", 0, {(False, 0), (True, 0)}),
+    ("both", 0, {(False, 0), (True, 0), (True, 2), (False, 2)}), ("none", 90, {(False, k) for k in range(4)}),
+    ("both", 90, {(m, k) for m in (False, True) for k in range(4)})])
+def test_only_lawful_views_are_drawn(flip, rotate, kinds): assert kinds_of_views(flip, rotate) == kinds
+
+
+def test_oblong_images_turn_by_half(): assert kinds_of_views("none", 90, (3, 5)) == {(False, 0), (False, 2)}
+
+
+def test_the_default_view_is_that_of_flip_crop():
+    a, b = (p.sample(50, (20, 30), generator(1, "x")) for p in (weak_policy(task_with()), flip_crop()))
+    assert torch.equal(a.op, b.op) and torch.equal(a.value, b.value) and torch.equal(a.warp, b.warp)

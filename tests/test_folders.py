@@ -3,7 +3,10 @@ import io
 import json
 import random
 import re
+import struct
+import sys
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ from PIL import Image
 
 from semiseg_nb.catalogue import load_split, load_task
 from semiseg_nb.core import UserError
-from semiseg_nb.folders import check_folder, cut
+from semiseg_nb.doctor import check_folder
+from semiseg_nb.folders import PICTURES, cut
 from semiseg_nb.pictures import image_size, read_image, read_mask
 
 
@@ -389,7 +393,7 @@ def test_small_things_of_data_folders(tmp_path, plain):
 def test_forbidden_is_not_called_broken(plain, monkeypatch):
     "No advice to remove a file that only may not be read"
     def forbidden(*a, **k): raise PermissionError(13, "Permission denied", str(plain / "images/p03.png"))
-    for spoil in ((Image, "open"), (Path, "iterdir"), (Path, "read_text")):
+    for spoil in ((Image, "open"), (Path, "iterdir"), (Path, "read_bytes")):
         (plain / "classes.txt").write_text("a\nb\nc\n")
         with monkeypatch.context() as m:
             m.setattr(*spoil, forbidden)
@@ -439,3 +443,222 @@ def test_any_odd_manifest_is_one_sentence_that_names_it(official):
             assert name in str(e) or any(w in str(e) for w in ("label_order names", "with 2 classes", "training images", "no labelled image", "split_seed")), (k, name, str(e)[:300])
         if not name.startswith("order") and k % 10 == 0: str(check_folder(official))
     assert 100 < refusals < 200
+
+
+# ---------------------------------------------------------------- reading: kinds of files
+def every(task): return dict(zip(task.labelled.ids + task.val.ids, [*task.labelled.images, *task.val.images]))
+
+
+def png16(path, a):
+    "A PNG file of 16 bits in each of three colours, which PIL does not write"
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = struct.pack(">IIBBBBB", a.shape[1], a.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in a)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_in_each_colour_keep_their_levels(plain, ending):
+    "A camera of 12 bits in colour: PIL alone would keep the upper byte, 16 levels"
+    for p in sorted((plain / "images").glob("*.png")):
+        a = np.asarray(Image.open(p)).astype(np.uint16) * 16
+        p.unlink()
+        if ending == "png": png16(p, a)
+        else:
+            rasterio = pytest.importorskip("rasterio")
+            with rasterio.open(p.with_suffix(".tif"), "w", driver="GTiff", width=16, height=12, count=3, dtype="uint16") as f: f.write(a.transpose(2, 0, 1))
+    task = load_task("folder", plain, n_labelled=3)
+    assert task.reading == {"white": 4095} and len(task.labelled.images.unique()) > 150 and task.unlabelled.images.max() > 240
+    assert not torch.equal(task.labelled.images[:, 0], task.labelled.images[:, 2])
+
+
+@pytest.mark.parametrize("flag", range(1, 9))
+def test_orientation_of_what_pil_cannot_hold(tmp_path, flag):
+    rasterio = pytest.importorskip("rasterio")
+    picture(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[274] = flag
+    Image.open(tmp_path / "a.png").save(tmp_path / "turned.png", exif=exif)
+    a = np.asarray(Image.open(tmp_path / "a.png")).astype(np.uint16) * 257
+    with rasterio.open(tmp_path / "deep.tif", "w", driver="GTiff", width=16, height=12, count=3, dtype="uint16") as f: f.write(a.transpose(2, 0, 1))
+    raw = bytearray((tmp_path / "deep.tif").read_bytes())
+    at = struct.unpack("<I", raw[4:8])[0]                        # the last entry of the directory becomes the flag (274, one short)
+    n = struct.unpack("<H", raw[at:at + 2])[0]
+    tags = [raw[at + 2 + 12 * i: at + 14 + 12 * i] for i in range(n)]
+    keep = [t for t in tags if struct.unpack("<H", t[:2])[0] < 320][:-1] if n > 12 else tags
+    new = sorted([*keep, struct.pack("<HHIHH", 274, 3, 1, flag, 0)], key=lambda t: struct.unpack("<H", t[:2])[0])
+    raw[4:8] = struct.pack("<I", len(raw))
+    raw += struct.pack("<H", len(new)) + b"".join(bytes(t) for t in new) + b"\0\0\0\0"
+    (tmp_path / "deep.tif").write_bytes(bytes(raw))
+    assert torch.equal(read_image(tmp_path / "deep.tif", white=65535), read_image(tmp_path / "turned.png"))
+
+
+def test_many_channels_are_refused_or_chosen(plain):
+    rasterio = pytest.importorskip("rasterio")
+    r = np.random.default_rng(0)
+    for p in sorted((plain / "images").glob("*.png")):
+        a = r.integers(0, 250, (5, 12, 16)).astype(np.uint8)
+        p.unlink()
+        with rasterio.open(p.with_suffix(".tif"), "w", driver="GTiff", width=16, height=12, count=5, dtype="uint8") as f: f.write(a)
+    refused(plain, r"p00.tif' has 5 channels.*choose three, such as bands=\[1, 2, 3\]")
+    task, other = (load_task("folder", plain, n_labelled=3, bands=b) for b in ([5, 1, 2], [4, 1, 2]))
+    with rasterio.open(plain / "images" / f"{task.labelled.ids[0]}.tif") as f: truth = f.read([5, 1, 2])
+    assert np.array_equal(task.labelled.images[0].numpy(), truth) and task.reading == {"bands": [5, 1, 2]} and task.fingerprint != other.fingerprint
+    assert torch.equal(load_split("folder", plain, "train", ids=task.labelled.ids, bands=[5, 1, 2]).images, task.labelled.images)
+    for bands, says in (([1, 2, 9], "but '.*p00.tif' has 5 channel"), ([0, 1, 2], r"bands is \[0, 1, 2\]: give three"), ([1, 2], "give three"), ("rgb", "bands is 'rgb'")):
+        with pytest.raises(UserError, match=says): load_task("folder", plain, n_labelled=3, bands=bands)
+    with pytest.raises(UserError, match="only the dataset 'folder'"): load_task("scenes", bands=[1, 2, 3])
+
+
+def test_without_rasterio_the_remedy_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + b"\0" * 40)
+    with pytest.raises(UserError, match=r"a.tif' .*rasterio reads: pip install semiseg_nb\[geo\]"): read_image(tmp_path / "a.tif")
+
+
+def test_transparency_that_hides_colours_is_refused_and_a_whole_one_dropped(plain):
+    path = plain / "images/p03.png"
+    x = Image.open(path).convert("RGBA")
+    x.save(path)
+    assert torch.equal(every(load_task("folder", plain, n_labelled=None))["p03"], torch.from_numpy(np.array(x.convert("RGB"))).permute(2, 0, 1))
+    x.putpixel((0, 0), (1, 2, 3, 0))
+    x.save(path)
+    refused(plain, "p03.png' has 4 channels")
+    assert every(load_task("folder", plain, n_labelled=None, bands=[1, 2, 3]))["p03"][:, 0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda a, p: Image.fromarray(np.where(a > np.median(a), np.nan, a).astype(np.float32)).save(p.with_suffix(".tif")), r"p03.tif' holds NaN or infinity in \d+ places"),
+    (lambda a, p: Image.fromarray(a).save(p.with_suffix(".gif"), save_all=True, append_images=[Image.fromarray(255 - a)]), "p03.gif' holds 2 pictures"),
+    (lambda a, p: Image.fromarray(a).save(p.with_suffix(".tif"), save_all=True, append_images=[Image.fromarray(255 - a)] * 3), "p03.tif' holds 4 pictures"),
+])
+def test_images_that_are_no_single_picture(plain, spoil, says):
+    path = plain / "images/p03.png"
+    a = np.asarray(Image.open(path).convert("L"))
+    path.unlink()
+    spoil(a, path)
+    refused(plain, says)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_a_mask_that_is_a_jpeg_behind_another_ending(plain, kind):
+    buffer = io.BytesIO()
+    Image.open(plain / "masks/p03.png").convert("L").save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {"lossless": False}))
+    (plain / "masks/p03.png").write_bytes(buffer.getvalue())
+    refused(plain, f"p03.png' is a {kind} file, which blurs|p03.png' is a colour picture")
+
+
+def test_one_blurred_mask_among_sharp_ones_is_found(tmp_path):
+    def make(i, p): (through_jpeg(disc() * 200) if i == 4 else Image.fromarray(disc())).save(p)
+    refused(write_masks(tmp_path, make), r"p04.png' holds \d+ values, most of them in a few pixels")
+
+
+def test_negative_values_keep_their_place(plain):
+    for p in sorted((plain / "images").glob("*.png")):
+        a = np.asarray(Image.open(p).convert("L")).astype(np.float32) * 12 - 1000      # Hounsfield units
+        p.unlink()
+        Image.fromarray(a).save(p.with_suffix(".tif"))
+    task = load_task("folder", plain, n_labelled=None)
+    assert task.reading["black"] <= -950 and task.reading["white"] == 4095 and len(task.labelled.images.unique()) > 60
+    assert torch.equal(read_image(plain / f"images/{task.labelled.ids[0]}.tif", **task.reading), task.labelled.images[0])
+
+
+@pytest.mark.parametrize("ending", [".jfif", ".gif", ".avif", ".webp", ".bmp", ".JPG"])
+def test_endings_that_pillow_reads(plain, ending):
+    if ending not in PICTURES | {".JPG"}: pytest.skip("this Pillow reads no AVIF")
+    for p in (plain / "images").glob("p1*.png"):
+        Image.open(p).save(p.with_suffix(ending), format="JPEG" if ending == ".jfif" else None)
+        p.unlink()
+    assert len(load_task("folder", plain, n_labelled=3).unlabelled) == 15
+
+
+# ---------------------------------------------------------------- the shape of a folder
+@pytest.mark.parametrize("val, more", [("valid", "unlabelled"), ("Validation", "unlabeled"), ("VAL", "Unlabelled")])
+def test_splits_by_their_common_names(official, val, more):
+    for kind in ("images", "masks"):
+        (official / kind / "val").rename(official / kind / val)
+        (official / kind / "train").rename(official / kind / "Train")
+    (official / "images/unlabelled_far").rename(official / "images" / more)
+    for kind in ("images", "masks"): (official / kind / "ood").rename(official / kind / "test")
+    task = load_task("folder", official, n_labelled=4)
+    assert task.val.ids[0] == f"{val}/v0" and [i for i in task.unlabelled.ids if i.startswith(more)] == [f"{more}/u{i}" for i in range(4)]
+    assert not any("test" in i for i in task.unlabelled.ids) and load_split("folder", official, "test").ids == ("test/o0", "test/o1")
+    assert len(load_split("folder", official, "val")) == len(load_split("folder", official, val)) == 3 and "kept for scoring" in str(check_folder(official))
+    (official / "images/validation2").mkdir()
+    (official / "images/valid" if val != "valid" else official / "images/val").mkdir()
+    refused(official, "mean the same: put all into one of them")
+
+
+def test_what_servers_and_people_leave_behind(plain):
+    for name in ("@eaDir", ".@__thumb", "__MACOSX", "#recycle"): picture(plain / "images" / name / "p01.png")
+    picture(plain / "images/.hidden.png")
+    (plain / "images/._p01.png").write_bytes(b"\0" * 200)
+    (plain / "images/.DS_Store").write_bytes(b"\0")
+    picture(plain / "thumbs/a.png")
+    picture(plain / "preview.png")
+    task, notes = load_task("folder", plain, n_labelled=3), check_folder(plain).notes
+    assert len(task.unlabelled) == 15 and len(notes) == 3
+    assert any("5 file(s)" in n and "hidden, or belong to a file server" in n for n in notes)
+    assert any("lie neither in images nor in masks" in n and "thumbs" in n for n in notes) and any("'preview.png'" in n for n in notes)
+
+
+def test_a_home_folder(plain, monkeypatch):
+    monkeypatch.setenv("HOME", str(plain.parent))
+    assert load_task("folder", f"~/{plain.name}", n_labelled=3).size == (12, 16)
+    with pytest.raises(UserError, match="nobody-here"): load_task("folder", "~nobody-here/x")
+
+
+# ---------------------------------------------------------------- text as Windows writes it
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
+def test_text_in_every_encoding(plain, encoding):
+    (plain / "classes.txt").write_bytes("# our classes\r\nHimmel\r\nStraße\r\n\r\nMüll\r\n".encode(encoding))
+    assert load_task("folder", plain, n_labelled=3).classes == ("Himmel", "Straße", "Müll")
+    info = {"classes": [{"id": 0, "name": "Bäume", "color": "#f80"}, {"id": 1, "name": "b", "color": "00ff00"}, {"id": 2, "name": "c", "color": [1, 2, 3]}]}
+    (plain / "dataset.json").write_bytes(json.dumps(info, ensure_ascii=False).encode(encoding))
+    task = load_task("folder", plain, n_labelled=3)
+    assert task.classes == ("Bäume", "b", "c") and task.palette == ((255, 136, 0), (0, 255, 0), (1, 2, 3))
+
+
+def test_what_is_no_text_is_said(plain):
+    (plain / "classes.txt").write_bytes(bytes(range(256)))
+    refused(plain, "classes.txt' is no text: save it as text in UTF-8")
+
+
+# ---------------------------------------------------------------- images of other shapes
+def three_shapes(root):
+    for i, size in enumerate([(12, 16), (24, 32), (20, 20), (30, 16)] * 3):
+        picture(root / f"images/p{i:02d}.png", size, seed=i)
+        if i < 8: mask(root / f"masks/p{i:02d}.png", size, seed=i)
+    return root
+
+
+def test_other_shapes_are_cropped_unless_told(tmp_path):
+    root = three_shapes(tmp_path)
+    with pytest.raises(UserError, match="give a size"): load_task("folder", root, n_labelled=3)
+    with pytest.warns(UserWarning, match="other shapes than .16, 16.* the middle of each is used"): task = load_task("folder", root, n_labelled=None, size=16)
+    assert task.reading == {"size": [16, 16], "fit": "crop"} and not (task.labelled.masks == 255).any()
+    boxed, bent = (load_task("folder", root, n_labelled=None, size=16, fit=f) for f in ("letterbox", "squash"))
+    border = {i: (m == 255).float().mean().item() for i, m in zip(boxed.labelled.ids, boxed.labelled.masks)}
+    assert max(border.values()) > 0.2 and boxed.reading["fit"] == "letterbox" and "fit" not in bent.reading
+    for i, x, m in zip(boxed.labelled.ids, boxed.labelled.images, boxed.labelled.masks): assert (m == 255).sum() == (x == 128).all(0).sum() or border[i] == 0
+    assert not (boxed.unlabelled.images == 128).all(1).flatten(1).float().mean(1).gt(.1).any(), "no mask says where a border would be: unlabelled images are cropped"
+    assert len({t.fingerprint for t in (task, boxed, bent)}) == 3
+    for t in (task, boxed, bent):
+        path = root / f"images/{t.labelled.ids[0]}.png"
+        assert torch.equal(read_image(path, **t.reading), t.labelled.images[0]), "`reading` is how the files were read"
+
+
+def test_one_shape_is_never_cropped(plain):
+    task = load_task("folder", plain, n_labelled=3, size=10)
+    assert task.reading == {"size": [10, 10]} and torch.equal(task.labelled.images[0], read_image(plain / f"images/{task.labelled.ids[0]}.png", (10, 10)))
+    with pytest.raises(UserError, match="fit 'stretch' is not known"): load_task("folder", plain, n_labelled=3, size=10, fit="stretch")
+
+
+def test_a_crop_shows_image_and_mask_in_one_place(tmp_path):
+    y, x = np.mgrid[:40, :64]
+    square = ((x > 30) & (x < 45) & (y > 10) & (y < 25)).astype(np.uint8)
+    Image.fromarray(square).save(tmp_path / "m.png")
+    Image.fromarray(np.repeat(square[..., None] * 255, 3, 2)).save(tmp_path / "i.png")
+    for fit in ("crop", "letterbox", "squash"):
+        i, m = read_image(tmp_path / "i.png", (20, 20), fit=fit)[0], read_mask(tmp_path / "m.png", (20, 20), fit=fit)
+        assert ((i > 128) == (m == 1)).float().mean() > 0.95 and (m == 1).sum() > 10

@@ -25,7 +25,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 FLOORS = {
     0: ["core"],
     1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "rasters", "viz"],
-    2: ["folders", "formats", "mask_files", "annotations", "catalogue", "clock", "checkpoint", "engine", "records"],
+    2: ["folders", "formats", "mask_files", "annotations", "doctor", "catalogue", "clock", "checkpoint", "engine", "records"],
     3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
     5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
@@ -34,6 +34,7 @@ FLOORS = {
 }
 FLOOR = dict.fromkeys(MODULES, 4) | {name: floor for floor, names in FLOORS.items() for name in names}  # any other module is a method
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
+    ("doctor", "folders"), ("catalogue", "doctor"),  # a folder is read, looked at, and then cut into a task
     ("catalogue", "folders"),  # a folder of one's own is one of the data sets
     ("formats", "folders"), ("mask_files", "folders"), ("annotations", "folders"),  # importers write the layout that `folders` reads
     ("mask_files", "formats"), ("annotations", "formats"), ("annotations", "mask_files"),  # tools, then pictures, then the import of both
@@ -43,7 +44,7 @@ NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("engine", "clock"), ("engine", "checkpoint"), ("records", "checkpoint"),  # the loop hands every step its clock, and saves
 }
 IMPORT_NAMES = {"pillow": "PIL", "segmentation-models-pytorch": "segmentation_models_pytorch", "huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}
-LAZY = {"viz": {"IPython", "ipywidgets"}}  # imported inside the function that shows sliders; `import semiseg_nb.viz` needs neither
+LAZY = {"viz": {"IPython", "ipywidgets"}, "pictures": {"rasterio"}}  # imported inside the function that shows sliders; `import semiseg_nb.viz` needs neither
 
 
 def settings():
