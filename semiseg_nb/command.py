@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['RUN_ONLY', 'NOTES', 'arguments_of', 'sort_names', 'nested', 'read_parameters', 'comments_of', 'meanings',
-           'describe_method', 'train', 'is_request', 'load_run', 'images_of', 'score', 'row_text', 'report',
-           'show_methods', 'lessons_home', 'lesson_files', 'lessons', 'parser', 'parse', 'main']
+           'describe_method', 'train', 'pairs', 'import_', 'check', 'judge', 'predict', 'export', 'is_request',
+           'load_run', 'images_of', 'score', 'row_text', 'report', 'show_methods', 'lessons_home', 'lesson_files',
+           'lessons', 'parser', 'parse', 'main']
 
 # %% ../nbs/62_command.ipynb #imports
 import inspect
+import json
 import shutil
 import sys
 import sysconfig
@@ -21,14 +23,20 @@ from pathlib import Path
 import yaml
 from torch import nn
 
+from .annotations import import_annotations
 from .catalogue import load_split, load_task
 from .checkpoint import plain
 from .core import UserError, named_values, one_of, read_json
 from .data import Labelled, Task
+from .doctor import check_folder, contact_sheet
 from .engine import NonFiniteLoss, evaluate
 from .experiment import Result, find_method, methods, own_settings, request_name, run
+from .export import export_onnx, export_pt2
 from .leaderboard import Row, compare, describe, title_of
+from .predict import predict_files
 from .records import read_records
+from .verdict import verdict
+from .viz import save_figure
 
 # %% ../nbs/62_command.ipynb #names
 RUN_ONLY = (  # arguments of `run` that nobody types
@@ -131,11 +139,12 @@ def describe_method(what: type | Callable) -> str:
 
 # %% ../nbs/62_command.ipynb #train
 def train(words: Namespace) -> list[Result]:
-    "Train a method or recipe, once for each seed"
+    "Train a method or recipe, once for each seed; on one's own folder, the baseline beside it"
     what = find_method(words.method)
     values = read_parameters(words.file) if words.file else {}
     values |= named_values(words.values)
-    if words.data: values |= {"dataset": "folder", "data_root": words.data}
+    if words.data:
+        values = {"n_labelled": None} | values | {"dataset": "folder", "data_root": words.data}
     options = {"out_dir": words.out, "device": words.device}
     for name in options:
         if name in values: options[name] = values.pop(name)
@@ -143,14 +152,70 @@ def train(words: Namespace) -> list[Result]:
     one = arguments.pop("seed", 0)
     seeds = [one] if words.seeds is None else words.seeds
     task, results = load_task(**data), []
+    baseline = find_method("supervised")
+    shared = {k: v for k, v in settings.items() if k in own_settings(baseline)}
+    runs = [(what, settings)]
+    if words.data and what is not baseline and not words.alone: runs.insert(0, (baseline, shared))
     for seed in seeds:
-        result = run(what, task, seed=seed, settings=settings, data=data, **options, **arguments)
-        results.append(result)
-        record = result.record
-        miou, seconds = record["result"]["miou"], record["seconds"]
-        print(f"{record['title']:24} seed {seed}  mIoU {miou:.4f}  {seconds:.0f} s  {result.path}",
-              flush=True)
+        for each, its in runs:
+            result = run(each, task, seed=seed, settings=its, data=data, **options, **arguments)
+            results.append(result)
+            record = result.record
+            miou, seconds = record["result"]["miou"], record["seconds"]
+            print(f"{record['title']:24} seed {seed}  mIoU {miou:.4f}  {seconds:.0f} s  "
+                  f"{result.path}", flush=True)
     return results
+
+# %% ../nbs/62_command.ipynb #own
+def pairs(text: str) -> dict[str, str]:  # "tree=plant,sky=ignore" -> {"tree": "plant", ...}
+    "Names with values, separated by commas; raises `UserError`"
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"'{part}' is no NAME=VALUE: write them with commas between, such as "
+                            "tree=plant,sky=ignore.")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def import_(words: Namespace) -> None:
+    "Turn what an annotation tool wrote into a folder of images and masks"
+    classes = words.classes.split(",") if words.classes else None
+    print(import_annotations(words.source, words.folder, kind=words.kind, mapping=pairs(words.map),
+                             colours=pairs(words.colours), classes=classes, empty=words.empty))
+
+
+def check(words: Namespace) -> None:
+    "What will be used of a folder, what not and why, what looks wrong"
+    report = check_folder(words.folder)
+    print(json.dumps(report.as_dict(), indent=1) if words.json else report)
+    if words.sheet: print(save_figure(contact_sheet(report), words.sheet))
+    if not report.ok: sys.exit(1)
+
+
+def judge(words: Namespace) -> None:
+    "Was it worth it?"
+    found = verdict(words.folder, level=words.level, device=words.device)
+    print(json.dumps(found.as_dict(), indent=1) if words.json else found)
+
+
+def predict(words: Namespace) -> None:
+    "Masks, overlays and confidence of pictures, at their own size"
+    *sources, out = words.places
+    if not sources:
+        raise UserError("Give pictures (files, folders or patterns), and at the end the folder for "
+                        "the results.")
+    predict_files(words.model, sources, out, tile=words.tile, batch_size=words.batch_size,
+                  device=words.device, flip=words.flip, coco=words.coco)
+
+
+def export(words: Namespace) -> None:
+    "Write a model as ONNX, or as a .pt2 file of PyTorch, and say how well the answers agree"
+    write = export_pt2 if Path(words.file).suffix == ".pt2" else export_onnx
+    parity = write(words.model, words.file)
+    print(f"{words.file}: logits agree with PyTorch to {max(parity.values()):.1e} at "
+          f"{len(parity)} sizes.")
 
 # %% ../nbs/62_command.ipynb #score
 NOTES = ("steps", "batch_size", "unlabelled_batch", "seed", "clip", "variant", "score_on")
@@ -287,6 +352,8 @@ def parser() -> ArgumentParser:
     t.add_argument("--data", help="your own folder of images and masks")
     t.add_argument("--seeds", type=int, nargs="+", help="one run for each")
     t.add_argument("--out", default="runs", help="folder for records, checkpoints and weights")
+    t.add_argument("--alone", action="store_true",
+                   help="with --data: do not train the baseline beside it")
     t.add_argument("--device", choices=("cpu", "cuda"))
     t.set_defaults(act=train)
     s = commands.add_parser("score", help="score a finished run again")
@@ -298,6 +365,41 @@ def parser() -> ArgumentParser:
     r.add_argument("folder", nargs="?", default="runs")
     r.add_argument("--all", action="store_true", help="short runs too")
     r.set_defaults(act=report)
+    i = commands.add_parser("import", help="read what an annotation tool wrote")
+    i.add_argument("source", help="a folder, a .zip file or an annotation file")
+    i.add_argument("folder", help="new folder for images and masks")
+    i.add_argument("--kind", help="the format; recognised where it is not given")
+    i.add_argument("--map", default="", help="tree=plant,sky=ignore: rename, merge, ignore")
+    i.add_argument("--colours", default="", help="road=#808080,tree=#00ff00: of coloured masks")
+    i.add_argument("--classes", help="names in the order of their ids: ground,road,tree")
+    i.add_argument("--empty", default="unlabelled", choices=("unlabelled", "background"),
+                   help="what an image without any object is")
+    i.set_defaults(act=import_)
+    d = commands.add_parser("check", help="look for mistakes in a folder of images and masks")
+    d.add_argument("folder")
+    d.add_argument("--json", action="store_true")
+    d.add_argument("--sheet", help="a .png file: masks over images, the suspicious ones first")
+    d.set_defaults(act=check)
+    v = commands.add_parser("verdict", help="was it worth it? Methods against the baseline")
+    v.add_argument("folder", nargs="?", default="runs")
+    v.add_argument("--level", type=float, default=0.95, help="of the intervals")
+    v.add_argument("--json", action="store_true")
+    v.add_argument("--device", choices=("cpu", "cuda"))
+    v.set_defaults(act=judge)
+    q = commands.add_parser("predict", help="masks of new pictures")
+    q.add_argument("model", help="a run's folder, such as runs/best, or its weights")
+    q.add_argument("places", nargs="+", metavar="PICTURES... OUT",
+                   help="files, folders or patterns; at the end the folder for the results")
+    q.add_argument("--tile", type=int, help="windows of this side at the picture's own scale")
+    q.add_argument("--batch-size", type=int, default=8)
+    q.add_argument("--flip", action="store_true", help="also look at mirrored pictures")
+    q.add_argument("--coco", action="store_true", help="also write coco.json for a tool")
+    q.add_argument("--device", choices=("cpu", "cuda"))
+    q.set_defaults(act=predict)
+    e = commands.add_parser("export", help="a model without this package: ONNX or .pt2")
+    e.add_argument("model", help="a run's folder, such as runs/best, or its weights")
+    e.add_argument("file", help="model.onnx or model.pt2")
+    e.set_defaults(act=export)
     m = commands.add_parser("methods", help="every method, or the settings of one")
     m.add_argument("method", nargs="?")
     m.set_defaults(act=show_methods)

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import plain_folder
+from PIL import Image
 
+from semiseg_nb.annotations import export_coco
 from semiseg_nb.command import describe_method, lessons_home, main, nested, read_parameters, sort_names
 from semiseg_nb.core import UserError
 from semiseg_nb.experiment import methods
+from semiseg_nb.scenes import CLASSES, make_scenes
 from semiseg_nb.uda import UDA
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,3 +133,48 @@ def test_lessons_are_copied_and_never_replaced(tmp_path, capsys):
     assert "0 files copied" in capsys.readouterr().out and (tmp_path / "mine/nbs/00_core.ipynb").read_text() == "mine"
     (tmp_path / "file").write_text("x")
     assert "choose another folder" in fails("lessons", tmp_path / "file")
+
+
+# ---------------------------------------------------------------- a day with images of one's own
+
+def test_six_commands_from_an_export_to_a_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, masks = make_scenes(range(10), 40)
+    Path("export/images").mkdir(parents=True)
+    for i, x in enumerate(images): Image.fromarray(x.permute(1, 2, 0).numpy()).save(f"export/images/p{i}.png")
+    export_coco({f"p{i}": masks[i].numpy() for i in range(6)}, "export/instances.json", CLASSES, images="export/images")
+    main(["import", "export", "mine", "--map", "kite=flag"])
+    assert "10 images, 6 with a mask" in capsys.readouterr().out
+    main(["check", "mine", "--sheet", "sheet.png"])
+    assert "No problem found." in capsys.readouterr().out and Path("sheet.png").exists()
+    main(["check", "mine", "--json"])
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+    main(["train", "uda", "steps=3", "batch_size=2", "width=4", "--data", "mine", "--out", "runs", "--seeds", "0", "1", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert said.count("Supervised, averaged weights seed") == 2 and said.count("UDA") >= 2, "the baseline has the same budget"
+    main(["verdict", "runs"])
+    said = capsys.readouterr().out
+    assert "UDA" in said and "points of mIoU" in said and "runs/best" in said
+    main(["verdict", "runs", "--json"])
+    assert json.loads(capsys.readouterr().out)
+    main(["predict", "runs/best", "export/images/p0.png", "export/images/p9.png", "out", "--device", "cpu"])
+    assert sorted(p.name for p in Path("out/masks").iterdir()) == ["p0.png", "p9.png"]
+    main(["export", "runs/best", "model.onnx"])
+    assert "agree with PyTorch" in capsys.readouterr().out and Path("model.onnx").stat().st_size > 1000
+
+
+def test_a_check_that_finds_a_problem_is_exit_status_1(tmp_path, capsys):
+    plain_folder(tmp_path / "mine")
+    path = next((tmp_path / "mine/masks").rglob("*.png"))
+    path.rename(path.with_name("another.png"))
+    with pytest.raises(SystemExit) as end: main(["check", str(tmp_path / "mine")])
+    assert end.value.code == 1 and "another.png' has no image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, said", [
+    (["import", "nowhere", "target"], "'nowhere' does not exist"), (["import", ".", "target", "--map", "tree"], "'tree' is no NAME=VALUE"),
+    (["verdict", "nowhere"], "There is no folder nowhere"), (["predict", "nowhere", "a.png", "out"], "nowhere"),
+    (["predict", "runs/best", "out"], "Give pictures"), (["export", "nowhere", "a.onnx"], "nowhere")], ids=lambda v: "-".join(v) if isinstance(v, list) else "")
+def test_a_mistake_with_ones_own_images_is_one_line(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in fails(*words)
