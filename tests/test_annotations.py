@@ -118,6 +118,24 @@ def test_splits_of_the_source_are_kept(source, target):
     with pytest.raises(UserError, match="the splits test, val, but none for training"): import_annotations(source, target)
 
 
+def test_further_folders_beside_the_splits_are_splits(source, target):
+    for k, split in enumerate(("train2017", "val2017", "ood_night", "unlabelled_rain")):
+        picture(source / f"images/{split}/{k}.png")
+        if k < 3: mask_file(source / f"masks/{split}/{k}.png")
+    assert import_annotations(source, target).splits == {"ood_night": {"images": 1, "masks": 1}, "train": {"images": 1, "masks": 1},
+                                                         "unlabelled_rain": {"images": 1, "masks": 0}, "val": {"images": 1, "masks": 1}}
+
+
+def test_nothing_is_dropped_without_a_note(source, target):
+    writers.coco(source, PICTURES)
+    (source / "images/dead.png").symlink_to("nowhere.png")
+    (source / "images/x.heic").write_bytes(b"x")
+    (source / "images/broken.png").write_bytes(b"x")
+    report = import_annotations(source, target)
+    assert "1 file(s) are links to nothing, 'dead.png'" in str(report) and "1 file(s) have endings that are not read, 'x.heic'" in str(report)
+    assert "broken.png' cannot be read" in report.problems[0] and report.problems[0].endswith("it is left out.") and report.splits[""]["images"] == 5
+
+
 def test_one_split_is_none(source, target):
     writers.yolo(source, PICTURES, splits=dict.fromkeys(PICTURES, "train"))
     assert list(import_annotations(source, target).splits) == [""]
