@@ -33,7 +33,7 @@ from semiseg_nb.core import (
     read_json,
     temporary_name,
 )
-from .folders import class_palette, one_form
+from .folders import PICTURES, SHARP, class_palette, one_form
 from .formats import READERS, Export, Picture, Source, as_colour, naming, tool_kinds
 from .mask_files import is_manifest, pairs_of, read_masks
 from .pictures import image_size, read_mask
@@ -349,17 +349,26 @@ def import_annotations(
         kind = kind or _recognised(files)
         if kind in READERS: export = READERS[kind](files)
         else: export = read_masks(files, mapping, table, classes, kind == "csv")
+        export.notes += _unread(files)
         return _write(export, place / "made", target, kind, source, mapping, classes, empty)
+
+
+def _unread(source: Source) -> list:
+    "Sentences on files that no importer reads"
+    known = PICTURES | SHARP | {".json", ".xml", ".txt", ".yaml", ".yml", ".csv"}
+    rest = [p for p in source.files if p.suffix.lower() not in known]
+    return [f"{len(files)} file(s) {why}, '{files[0].name}' the first: not used." for why, files in
+            (("are links to nothing", source.dead), ("have endings that are not read", rest))
+            if files]
 
 
 def _settled_splits(pictures: Sequence) -> None:
     "One split is none; raises `UserError` when there are several and no training images"
     splits = {p.split for p in pictures}
-    if len(splits) == 1:
-        for p in pictures: p.split = ""
-        return
     for p in pictures: p.split = p.split or "train"
-    if not any(p.split == "train" for p in pictures):
+    if len({p.split for p in pictures}) == 1:
+        for p in pictures: p.split = ""
+    elif not any(p.split == "train" for p in pictures):
         raise UserError(f"The export has the splits {', '.join(sorted(splits))}, but none for "
                         "training: name one 'train', or import one of them alone.")
 

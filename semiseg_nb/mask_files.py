@@ -78,8 +78,9 @@ class Values:
 
     def __init__(self, masks: Sequence):
         self.kinds, self.sets = Counter(), []
-        self.values, self.colours, self.palettes = {}, {}, {}
+        self.values, self.colours, self.palettes, self._smooth = {}, {}, {}, 0
         for path in masks: self._add(path)
+        self.blurred = 2 * self._smooth > len(masks)  # many rare values in most masks
         shades = any(len(colours) > 1 for colours in self.palettes.values())
         self.mixed = {1} in self.sets and {IGNORE} in self.sets  # 0 and 1 here, 0 and 255 there
         self.by_colour = shades or "colour" in self.kinds  # do colours tell the classes?
@@ -94,6 +95,8 @@ class Values:
         if kind == "colour" and (found == (found & 255) * GREY).all():
             kind, found = "grey in colour", found & 255
         self.kinds[kind] += 1
+        often = int((counts > 0.005 * codes.size).sum())
+        self._smooth += len(found) - often >= max(6, 2 * often)
         objects = {v for v in found.tolist() if v}
         if len(objects) == 1 and objects not in self.sets: self.sets.append(objects)
         for v, n in zip(found.tolist(), counts.tolist()):
@@ -110,12 +113,11 @@ def _hex(code: int) -> str: return f"#{code:06x}"
 def _rgb(code: int) -> tuple: return code >> 16, code >> 8 & 255, code & 255
 
 
-def _refuse_blur(found: dict, what: str, remedy: str) -> None:
+def _refuse_blur(found: dict, what: str, blurred: bool) -> None:
     "Raise `UserError` when many rare colours or values stand beside a few frequent ones"
+    if not blurred and (what == "values" or len(found) <= MOST_COLOURS): return
     total = sum(n for n, _ in found.values())
     often = [v for v, (n, _) in found.items() if n > 0.005 * total]
-    rare = len(found) - len(often)
-    if len(found) <= MOST_COLOURS and (rare < 6 or rare < 2 * len(often)): return
     name = _hex if what == "colours" else str
     peaks = []  # of frequent values that are nearly the same only the most frequent
     for v in sorted(often, key=lambda v: -found[v][0]):
@@ -124,13 +126,13 @@ def _refuse_blur(found: dict, what: str, remedy: str) -> None:
     path = next(p for v, (_, p) in found.items() if v not in often or len(often) == len(found))
     raise UserError(f"The masks hold {len(found)} {what}, most of them in a few pixels, as in "
                     f"'{path}': smoothed masks, in which only {likely} look like classes. Save "
-                    f"them again without smoothing or JPEG{remedy}.")
+                    f"them again without smoothing or JPEG, or name the classes.")
 
 
-def _names_of_colours(found: dict, colours: dict) -> dict:
+def _names_of_colours(found: dict, colours: dict, blurred: bool) -> dict:
     "Colour -> class name, from the table or, without one, from the colours that there are"
     if not colours:
-        _refuse_blur(found, "colours", "")
+        _refuse_blur(found, "colours", blurred)
         return {code: "background" if code == 0 else _hex(code) for code in sorted(found)}
     table = {int(np.dot(c, [65536, 256, 1])): name for name, c in colours.items()}
     unknown = next((c for c in found if c not in table), None)
@@ -141,14 +143,14 @@ def _names_of_colours(found: dict, colours: dict) -> dict:
     return table
 
 
-def _names_of_values(found: dict, names: Sequence, mapping: Mapping, mixed: bool) -> dict:
+def _names_of_values(found: dict, names: Sequence, mapping: Mapping, held: Values) -> dict:
     "Value -> class name; raises `UserError` for shades of grey that nobody named"
     mapped = {v: str(v) for v in found if str(v) in mapping}
     rest = sorted(v for v in found if v not in mapped)
     if not mapped and rest in ([0, IGNORE], [IGNORE]):
         return {0: "background", IGNORE: "object"} | mapped
     ids = [v for v in rest if v != IGNORE]
-    if ids in ([1], [0, 1]) and mixed:
+    if ids in ([1], [0, 1]) and held.mixed:
         raise UserError(f"Mask '{found[1][1]}' holds 0 and 1, but '{found[IGNORE][1]}' holds 0 and "
                         "255 alone, which may be the same object or 'unknown': say which, as in "
                         "mapping={'1': 'object', '255': 'object'}, or {'255': 'ignore'}.")
@@ -158,8 +160,8 @@ def _names_of_values(found: dict, names: Sequence, mapping: Mapping, mixed: bool
         raise UserError(f"Mask '{found[wrong][1]}' holds the value {wrong}, but the class names "
                         f"are for 0 to {max(0, len(names) - 1)}: say what it means, as in "
                         f"mapping={{'{wrong}': 'ignore'}}.")
+    if not names and not mapped: _refuse_blur(found, "values", held.blurred)
     if not names and ids and (top >= IGNORE or (top > 20 and 2 * len(ids) < top)):
-        _refuse_blur(found, "values", "")
         listed = ", ".join(f"'{v}': '...'" for v in rest[:6])
         raise UserError(f"The masks hold the values {', '.join(map(str, rest[:8]))}, shades of "
                         f"grey that can mean anything: say what, as in mapping={{{listed}}}.")
@@ -289,9 +291,9 @@ def _described(source: Source) -> tuple:
     info = read_json(path, "description", "repair it, or remove it")
     rows = info.get("classes") if isinstance(info, dict) else None
     rows = [{"name": r} if isinstance(r, str) else r for r in rows or ()]
-    if not all(isinstance(r, dict) and isinstance(r.get("name"), str) for r in rows):
+    if not all(isinstance(r, dict) and isinstance(r.get("name", ""), str) for r in rows):
         raise UserError(f"'{path}' should list its classes as names or as {{\"name\": \"sky\"}}.")
-    colours = {r["name"]: as_colour(r.get("color")) for r in rows}
+    colours = {r.get("name", f"class {i}"): as_colour(r.get("color")) for i, r in enumerate(rows)}
     return list(colours), {name: c for name, c in colours.items() if c}
 
 
@@ -324,8 +326,8 @@ def read_masks(
         raise UserError(f"Some masks of '{source.root}' are coloured and some hold grey values: "
                         "save all of them in one way.")
     found = held.colours if by_colour else held.values
-    if by_colour: known = _names_of_colours(found, colours or table)
-    else: known = _names_of_values(found, names or list(classes or ()), mapping, held.mixed)
+    if by_colour: known = _names_of_colours(found, colours or table, held.blurred)
+    else: known = _names_of_values(found, names or list(classes or ()), mapping, held)
     export = Export(list(dict.fromkeys(known.values())), pictures, objects=False)
     paths = {v: next(iter(c)) for v, c in held.palettes.items()} if not by_colour else None
     export.colours = {name: _rgb(v if by_colour else paths[v]) for v, name in known.items()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FARTHEST', 'Region', 'as_outline', 'fill_outlines', 'paint', 'fill_ellipse', 'rectangle', 'run_lengths',
-           'mask_of_runs', 'region_runs', 'rle_text', 'counts_of_text', 'brush_mask', 'trace_outlines', 'pieces_of']
+           'mask_of_runs', 'region_of_runs', 'region_runs', 'rle_text', 'counts_of_text', 'brush_mask',
+           'trace_outlines', 'pieces_of']
 
 # %% ../nbs/50_rasters.ipynb #imports
 import math
@@ -173,6 +174,12 @@ def mask_of_runs(
     order: str = "F",
 ) -> np.ndarray:  # bool (H,W)
     "The mask back; raises `UserError` when the numbers do not fill it"
+    _check_runs(counts, shape)
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(shape, order=order)
+
+
+def _check_runs(counts: Sequence, shape: tuple) -> None:
+    "Raise `UserError` unless there are whole numbers that sum up to the mask's pixels"
     ok = isinstance(counts, (list, tuple)) and all(type(c) is int and c >= 0 for c in counts)
     if not ok:
         raise UserError(f"the run lengths {reprlib.repr(counts)} are no list of whole numbers "
@@ -181,9 +188,28 @@ def mask_of_runs(
     if sum(counts) != h * w:
         raise UserError(f"the run lengths count {sum(counts)} pixels, but the mask of {w} x {h} "
                         f"has {h * w}.")
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(shape, order=order)
 
 # %% ../nbs/50_rasters.ipynb #region-runs
+def region_of_runs(
+    counts: Sequence,  # of `run_lengths`, column by column
+    shape: tuple,  # (H,W) of the image
+) -> Region:
+    "The object in its window; raises `UserError` as `mask_of_runs` does"
+    _check_runs(counts, shape)
+    places = np.cumsum(np.asarray(counts, np.int64))
+    ends = places[1::2]
+    starts = places[::2][:len(ends)]
+    starts, ends = starts[starts < ends], ends[starts < ends]
+    if not len(starts): return Region(0, 0, np.zeros((0, 0), bool))
+    left, right = int(starts[0]) // shape[0], int(ends[-1] - 1) // shape[0] + 1
+    change = np.zeros((right - left) * shape[0] + 1, np.int8)
+    np.add.at(change, starts - left * shape[0], 1)
+    np.add.at(change, ends - left * shape[0], -1)
+    mask = change[:-1].cumsum(dtype=np.int8).reshape(right - left, shape[0]).T > 0
+    rows = np.flatnonzero(mask.any(1))
+    return Region(int(rows[0]), left, mask[rows[0]:rows[-1] + 1])
+
+
 def region_runs(
     region: Region,
     shape: tuple,  # (H,W) of the image

@@ -17,8 +17,8 @@ from pycocotools import mask as coco_masks
 from semiseg_nb import annotations
 from semiseg_nb.annotations import export_coco, import_annotations
 from semiseg_nb.core import UserError
-from semiseg_nb.folders import check_folder
-from semiseg_nb.pictures import read_image, read_mask
+from semiseg_nb.folders import Folder
+from semiseg_nb.pictures import look_at, read_image, read_mask
 
 PICTURES = scene_pictures()
 TOOLS = {
@@ -45,6 +45,13 @@ def masks_in(folder): return {p.relative_to(folder / "masks").with_suffix("").as
 def class_names(report): return [c["name"] for c in report.classes]
 
 
+def classes_as_loaded(target):
+    "The names in the folder that was written, each mask compared with its image"
+    folder = Folder(target)
+    for item in folder.items: look_at(item)
+    return list(folder.all_classes)
+
+
 def same_masks(target, report, pictures=PICTURES):
     "Every pixel has the class that it had, whatever number the class got"
     found = masks_in(target)
@@ -64,9 +71,7 @@ def test_every_tool_gives_the_same_masks(tool, source, target):
     assert report.kind == tool.partition(",")[0] and not report.problems
     same_masks(target, report)
     assert {p: p.read_bytes() for p in source.rglob("*") if p.is_file()} == before, "originals are never touched"
-    checked = check_folder(target)
-    assert checked.ok, checked.problems
-    assert list(checked.classes) == class_names(report)
+    assert classes_as_loaded(target) == class_names(report)
 
 
 def test_images_are_copied_byte_for_byte(source, target):
@@ -113,9 +118,28 @@ def test_splits_of_the_source_are_kept(source, target):
     writers.yolo(source, PICTURES, splits=splits)
     report = import_annotations(source, target)
     assert report.splits == {"test": {"images": 1, "masks": 1}, "train": {"images": 3, "masks": 3}, "val": {"images": 1, "masks": 1}}
-    assert set(masks_in(target)) == {f"{'val' if s == 'valid' else s}/{n}" for n, s in splits.items()} and check_folder(target).ok
+    assert set(masks_in(target)) == {f"{'val' if s == 'valid' else s}/{n}" for n, s in splits.items()}
+    classes_as_loaded(target)
     for p in (source / "images/train").iterdir(): p.unlink()
     with pytest.raises(UserError, match="the splits test, val, but none for training"): import_annotations(source, target)
+
+
+def test_further_folders_beside_the_splits_are_splits(source, target):
+    for k, split in enumerate(("train2017", "val2017", "ood_night", "unlabelled_rain")):
+        picture(source / f"images/{split}/{k}.png")
+        if k < 3: mask_file(source / f"masks/{split}/{k}.png")
+    assert import_annotations(source, target).splits == {"ood_night": {"images": 1, "masks": 1}, "train": {"images": 1, "masks": 1},
+                                                         "unlabelled_rain": {"images": 1, "masks": 0}, "val": {"images": 1, "masks": 1}}
+
+
+def test_nothing_is_dropped_without_a_note(source, target):
+    writers.coco(source, PICTURES)
+    (source / "images/dead.png").symlink_to("nowhere.png")
+    (source / "images/x.heic").write_bytes(b"x")
+    (source / "images/broken.png").write_bytes(b"x")
+    report = import_annotations(source, target)
+    assert "1 file(s) are links to nothing, 'dead.png'" in str(report) and "1 file(s) have endings that are not read, 'x.heic'" in str(report)
+    assert "broken.png' cannot be read" in report.problems[0] and report.problems[0].endswith("it is left out.") and report.splits[""]["images"] == 5
 
 
 def test_one_split_is_none(source, target):
@@ -412,7 +436,7 @@ def import_of_damaged(tmp_path, number):
         assert re.search(r"[.)]$", str(e)) and "Traceback" not in str(e) and len(str(e)) < 900, str(e)
         assert not target.exists() and not list(tmp_path.glob(".*"))
         return False
-    assert check_folder(target).classes == tuple(class_names(report)) and len(str(report)) > 50
+    assert classes_as_loaded(target) == class_names(report) and len(str(report)) > 50
     for c in report.classes: assert c["pixels"] >= 0
     shutil.rmtree(target)
     shutil.rmtree(source)

@@ -15,6 +15,7 @@ from semiseg_nb.rasters import (
     paint,
     pieces_of,
     rectangle,
+    region_of_runs,
     region_runs,
     rle_text,
     run_lengths,
@@ -128,6 +129,9 @@ def test_runs_of_a_window_are_those_of_the_whole_image():
         h, w = mask.shape
         whole[7:7 + h, 5:5 + w] = mask
         assert region_runs(Region(7, 5, mask), whole.shape) == run_lengths(whole)
+        again = np.zeros_like(whole)
+        paint(again, region_of_runs(run_lengths(whole), whole.shape), 1)
+        assert (again == whole).all()
         back = np.zeros_like(whole)
         for piece in pieces_of(whole): paint(back, piece, 1)
         assert (back == whole).all()
@@ -145,7 +149,8 @@ def test_a_text_that_is_cut_or_foreign_never_passes_for_a_mask(text):
 
 @pytest.mark.parametrize("counts", [[3], [17], [8, -4, 12], [8.0, 8], [True, 15], None, "88", [8, None]])
 def test_run_lengths_that_do_not_fill_the_mask_are_refused(counts):
-    with pytest.raises(UserError, match="run lengths"): mask_of_runs(counts, (4, 4))
+    for read in (mask_of_runs, region_of_runs):
+        with pytest.raises(UserError, match="run lengths"): read(counts, (4, 4))
 
 
 @pytest.mark.parametrize("mask", noises() + scene_classes()[:6], ids=lambda m: "x".join(map(str, m.shape)))
@@ -156,6 +161,13 @@ def test_a_brush_that_is_cut_or_of_another_size_is_refused():
     rle = brush_rle(np.eye(5, dtype=bool))
     for wrong, shape in ((rle[:-3], (5, 5)), (rle, (5, 6)), ([], (5, 5)), ([1.5], (5, 5)), ([300], (5, 5)), (None, (5, 5)), ([255] * 40, (5, 5))):
         with pytest.raises(UserError, match="no picture of"): brush_mask(wrong, shape)
+
+
+def test_the_solutions_of_the_lesson():
+    board, half = np.indices((8, 8)).sum(0) % 2 == 1, np.zeros((8, 8), bool)
+    half[:, :4] = True
+    assert len(run_lengths(board)) == len(rle_text(run_lengths(board))) == 57 and rle_text(run_lengths(half)) == "0P1P1"
+    for left, pixels in ((3.6, 0), (3.2, 5)): assert filled([(left, 0), (left + .8, 0), (left + .8, 5), (left, 5)], shape=(5, 6)).sum() == pixels
 
 
 # ---------------------------------------------------------------- and back
