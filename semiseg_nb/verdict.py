@@ -6,7 +6,7 @@
 __all__ = ['BEST', 'BUDGET', 'SHARED', 'SHARED_DATA', 'FEW', 'FEW_OF_CLASS', 'image_counts', 'scores_of', 'mean_of', 'Interval',
            'with_ends', 'estimate', 'Finished', 'finished_runs', 'check_budget', 'rebuild', 'counts_of_run',
            'power_law', 'Budget', 'fewer_masks', 'label_budget', 'read_budget', 'Row', 'Verdict', 'cost_text',
-           'tasks_of', 'test_of', 'seconds_of', 'Arm', 'joined_counts', 'verdict', 'warnings_of', 'budget_of', 'deploy',
+           'tasks_of', 'test_of', 'record_of', 'Arm', 'joined_counts', 'verdict', 'warnings_of', 'budget_of', 'deploy',
            'disagreement', 'spread_out', 'Candidate', 'opinions', 'to_label_next', 'label_sheet']
 
 # %% ../nbs/51_verdict.ipynb #imports
@@ -49,11 +49,13 @@ from semiseg_nb.experiment import (
     find_method,
     needs_net,
     new_network,
+    own_settings,
     predictor,
     request_name,
     run,
 )
 from .folders import Folder
+from .leaderboard import in_words
 from .metrics import block_features
 from .records import read_records, without_nan
 from .viz import Figure, show_grid
@@ -171,7 +173,7 @@ def estimate(
         v = float(from_images[k])
         w = float(values.var(ddof=1) / len(values)) if len(values) > 1 else math.nan
         ends = with_ends(mean, [(v, int(n)), (w, len(values))], level)
-        if baseline is None: ends = (float(np.clip(end, 0, 1)) for end in ends)
+        ends = (float(np.clip(end, 0 if baseline is None else -1, 1)) for end in ends)
         found.append(Interval(mean, *ends, math.sqrt(v) if v >= 0 else math.nan, math.sqrt(w)))
     return found
 
@@ -418,7 +420,7 @@ class Verdict:
     classes: tuple
     level: float
     baseline: Row
-    rows: list  # of `Row`: the others, best first
+    rows: list  # of `Row`: methods, best first, then other arms of the baseline
     notes: list
     budget: dict | None = None  # "n" masks, "twice" as many, and what these bring: "then"
     best: dict = field(default_factory=dict)  # "folder", "run", "method", "seed", "rule"
@@ -461,7 +463,7 @@ class Verdict:
             minutes = "" if row.seconds is None else f"{row.seconds / 60:.2g}"
             lines.append(f"    {row.score[0].text():18} {gain:20} {len(row.repetitions):4} "
                          f"{minutes:>8}  {row.title}")
-        head = f"    {'class':20} {'images':>6}  {self.baseline.title[:24]:24}"
+        head = f"    {'class':20} {'images':>6}  {'baseline':24}"
         lines += ["", head + (f"  gain of {self.rows[0].title}" if self.rows else "")]
         for k, (name, n) in enumerate(zip(self.classes, self.shown), 1):
             gain = self.rows[0].gain[k].text("+") if self.rows else ""
@@ -521,7 +523,7 @@ def test_of(
     return load_split(**arguments | {"split": "test", "size": task.size, "classes": task.classes})
 
 
-def seconds_of(
+def record_of(
     found: Finished,
     records: Sequence[dict],  # of `read_records`
 ) -> dict | None:
@@ -557,16 +559,17 @@ class Arm(NamedTuple):
 
 
 def _titles(groups: dict) -> dict[str, tuple[str, dict]]:
-    "A title for each arm: that of its method, and the settings in which arms of one method differ"
+    "A title for each arm: that of its method, and unusual settings where its arms differ"
     requests = {key: next(iter(runs.values())).request for key, runs in groups.items()}
     found = {}
     for key, r in requests.items():
         same = [o for o in requests.values() if o["method"] == r["method"]]
+        usual = own_settings(find_method(r["method"]))
         own = {k: v for k, v in r["settings"].items()
-               if any(o["settings"].get(k) != v for o in same)}
+               if any(o["settings"].get(k) != v for o in same) and v != usual.get(k)}
         for k in ("unlabelled_batch", "variant"):
-            if any(o.get(k) != r.get(k) for o in same): own[k] = r.get(k)
-        extra = ", ".join(f"{k} {v}" for k, v in own.items())
+            if r.get(k) and any(o.get(k) != r.get(k) for o in same): own[k] = r[k]
+        extra = ", ".join(f"{k} {in_words(v)}" for k, v in own.items())
         found[key] = find_method(r["method"]).title + (f" ({extra})" if extra else ""), own
     return found
 
@@ -649,7 +652,7 @@ def verdict(
                          "those of the baseline: they count for its mean, not for its gain.")
         mine, theirs = (a.counts[split][a.rows_of(common)] for a in (arm, arms[base]))
         splits = [s for s, _ in common]
-        found = [r for r in (seconds_of(f, records) for f in arm.runs.values()) if r]
+        found = [r for r in (record_of(f, records) for f in arm.runs.values()) if r]
         rows[key] = Row(
             arm.title, arm.method, titles[key][1], list(arm.runs),
             score=estimate(arm.counts[split], splits=[s for s, _ in arm.runs], **options),
@@ -657,7 +660,7 @@ def verdict(
             seconds=float(np.mean([r["seconds"] for r in found])) if found else None,
             devices=tuple(sorted({r["device"] for r in found})))
     others = [row for key, row in rows.items() if key != base]
-    others.sort(key=lambda row: -row.gain[0].mean)
+    others.sort(key=lambda row: (row.method == "supervised", -row.gain[0].mean))
     shown = (counts[split][:, :, 1].sum(0) > 0).sum(0).tolist()
     result = Verdict(split, shown, len(ids[split]), tuple(task.classes), level, rows[base], others,
                      notes)
@@ -678,18 +681,23 @@ def warnings_of(v: Verdict) -> list[str]:
     if runs == 1:
         found.append("There is a single run of a method: its interval is over images alone, and "
                      "another seed may give another result. Train 3 seeds or more.")
+    if runs == 2:
+        found.append("Two runs of a method are few: 95 % intervals over two runs contain the truth "
+                     "about 91 times in 100. Train 3 seeds or more.")
     if v.rows and not (gain := v.rows[0].gain[0]).sure and math.isfinite(gain.low):
         by_runs = math.isfinite(gain.runs) and gain.runs > gain.images
         more = "more seeds (it is mostly due to the runs)" if by_runs else "more images with masks"
         found.append("The interval of the gain contains 0, so these runs show no clear "
                      f"difference: {more} would make it narrower.")
-    if len(v.rows) > 1 and v.split != "test":
-        found.append(f"The best of {len(v.rows)} is named, and scored on the same images: its gain "
-                     "is a little too good. A split `test` would tell.")
+    methods = [row for row in v.rows if row.method != "supervised"]
+    if len(methods) > 1 and v.split != "test":
+        found.append(f"The best of {len(methods)} is named, and scored on the same images: its "
+                     "gain is a little too good. A split `test` would tell.")
     if len({row.devices for row in rows if row.devices}) > 1:
         found.append("The runs were made on different devices, so their times are not compared.")
     lost = [c for c, n in zip(v.classes, v.shown) if n == 0]
-    rare = [f"{c} ({n})" for c, n in zip(v.classes, v.shown) if 0 < n < FEW_OF_CLASS]
+    few = min(FEW_OF_CLASS, v.n_images)
+    rare = [f"{c} ({n})" for c, n in zip(v.classes, v.shown) if 0 < n < few]
     if lost: found.append(f"No image shows {', '.join(lost)}: nothing is known of it.")
     if rare:
         found.append(f"Shown by fewer than {FEW_OF_CLASS} images: {', '.join(rare)}; their numbers "

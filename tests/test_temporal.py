@@ -386,7 +386,7 @@ def test_settings_that_make_no_sense_are_refused_before_training(task, kwargs, t
 def test_settings_are_attributes(task):
     te = TemporalEnsembling(net(task), task, alpha=0.5, storage={"stride": 2}, views="strong")
     assert settings(te) == {"weight": 1.0, "alpha": 0.5, "warmup": 0.6, "mix": 1.0, "threshold": 0.8, "storage": {"stride": 2}, "views": "strong",
-                            "n": 2, "strength": 0.5, "lr": 2e-3, "weight_decay": 1e-2, "ema_decay": 0.99}
+                            "n": 2, "strength": 0.5, "lr": 2e-3, "weight_decay": 1e-2, "ema_decay": 0.99, "class_weights": None, "dice": None}
     assert {k: v for k, v in settings(MeanTeacher(net(task), task)).items() if k in ("weight", "warmup", "mix")} == {"weight": 3.0, "warmup": 0.2, "mix": 1.0}
 
 

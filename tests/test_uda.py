@@ -224,7 +224,7 @@ def test_settings_that_make_no_sense_are_refused_before_training(task, kwargs, t
 @pytest.mark.parametrize("make", BOTH)
 def test_settings_are_attributes_of_their_own_names(task, make):
     chosen = {"weight": 2.0, "threshold": 0.6, "temperature": 0.4, "tsa": "log", "mix": 0.5, "warmup": 0.2, "views": "strong", "n": 1,
-              "strength": 0.3, "lr": 1e-3, "weight_decay": 0.0, "ema_decay": 0.9}
+              "strength": 0.3, "lr": 1e-3, "weight_decay": 0.0, "ema_decay": 0.9, "class_weights": 5.0, "dice": 0.5}
     assert settings(make(net(task), task, **chosen)) == chosen
 
 

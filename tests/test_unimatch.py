@@ -387,7 +387,7 @@ def test_settings_that_make_no_sense_are_refused_before_training(task, make, kwa
 
 @pytest.mark.parametrize("make", ALL)
 def test_settings_are_attributes_of_their_own_names(task, make):
-    chosen = {"weight": 2.0, "warmup": 0.2, "views": "strong", "n": 1, "strength": 0.3, "lr": 1e-3, "weight_decay": 0.0, "ema_decay": 0.9}
+    chosen = {"weight": 2.0, "warmup": 0.2, "views": "strong", "n": 1, "strength": 0.3, "lr": 1e-3, "weight_decay": 0.0, "ema_decay": 0.9, "class_weights": 5.0, "dice": 0.5}
     chosen |= {"mix": 0 if make is PlainCPS else 0.5} | ({"net_b": net(task, 1)} if issubclass(make, CPS) else {"threshold": 0.6})
     chosen |= {"feature": 0.3, "drop": 0.4} if make is UniMatch else {}
     assert settings_of_method(make(net(task), task, **chosen)) == chosen

@@ -357,6 +357,24 @@ def test_counts_are_kept_until_weights_or_images_change(trained, monkeypatch):
     assert (counts_of_run(r, task, fewer, "val", "cpu") == counts + 3).all(), "a broken file is made again"
 
 
+def test_several_arms_have_titles_and_the_best_baseline_is_the_one(trained):
+    out, task, data = trained
+    for seed in range(2): run("supervised", task, seed=seed, settings={"views": "strong", "dice": 1.0}, data=data, out_dir=out, **BUDGET)
+    runs = {(r.request["method"], r.request["settings"]["views"], r.request["seed"]): r for r in finished_runs(out)[0]}
+    def say(method, views, seed, hits):
+        for split, n, images in (("val", 6, task.val), ("test", 5, load_split("folder", data["data_root"], split="test", size=task.size, classes=task.classes))):
+            r = runs[method, views, seed]
+            counts_of_run(r, task, images, split, "cpu")
+            with np.load(r.folder / f"counts-{split}.npz") as kept: key = kept["key"]
+            np.savez_compressed(r.folder / f"counts-{split}.npz", key=key, counts=flat([hits], n)[0])
+    for seed in range(3): say("uda", "weak", seed, 40), say("supervised", "weak", seed, 50)
+    for seed in range(2): say("supervised", "strong", seed, 60)
+    found = verdict(out, device="cpu", draws=100)
+    assert found.baseline.title == "Supervised (views strong, dice 1)" and [r.title for r in found.rows] == ["UDA", "Supervised"]
+    assert found.rows[0].gain[0].mean == pytest.approx(40 / 160 - 60 / 140) and found.best["method"] == "supervised"
+    assert any("Two runs of a method are few" in n for n in found.notes) and not any("The best of" in n for n in found.notes)
+
+
 # ---------------------------------------------------------------- refusals
 
 def test_runs_of_another_budget_are_not_compared(trained):
