@@ -123,7 +123,8 @@ def main(a):
         rates = speed(a, Path(name))
         large = memory(a, Path(name))
     print(f"{a.images} pictures of {a.size} px, network at {a.training} px, batch {a.batch_size}:")
-    for name, row in rates.items(): print(f"    {name:14} {row['images_per_second']:6.2f} a second, {row['processor_seconds_per_image']:.4f} s of the processor each")
+    for name, row in rates.items():
+        print(f"    {name:14} {row['images_per_second']:6.2f} a second, {row['processor_seconds_per_image']:.4f} s of the processor each")
     print(f"{large['side']} x {large['side']} px ({large['picture_mb']} MB): peak {large['peak_mb']} MB, before {large['before_mb']} MB, {large['seconds']} s")
     if not a.record: return rates, large
     about = {"what": "images a second of predict_files and of a plain loop, medians over rounds; peak memory of one large picture by windows",
