@@ -92,7 +92,8 @@ if deep or reading.get("stretch"):  # more than 8 bits, or dark
     a = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
     whites = ([1] if image.mode == "F" else []) + [255, 1023, 4095, 16383, 65535]
     white = reading.get("white") or next((w for w in whites if a.max() <= w), a.max())
-    low, high = np.percentile(a, (1, 99.8)) if reading.get("stretch") else (0, white)
+    low, high = reading.get("black", 0), white
+    if reading.get("stretch"): low, high = np.percentile(a, (1, 99.8))
     a = (a - low) / max(high - low, 1e-9) * 255
     image = Image.fromarray(a.clip(0, 255).round().astype(np.uint8)).convert("RGB")
 (W, H), size = image.size, image.size[::-1]

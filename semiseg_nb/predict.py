@@ -71,11 +71,15 @@ class Picture(NamedTuple):
 def as_rgb(
     a: np.ndarray,  # (h,w,bands)
     white: float | None,  # the value of 255 in numbers of more than 8 bits
+    black: float = 0,  # the value of 0 in those
+    bands: Sequence | None = None,  # three or one, counted from 1; None: the first three, or one
 ) -> Tensor:  # uint8 (3,h,w)
-    "One band becomes grey, of more than three the first three count, deep numbers become bytes"
-    a = a[..., :3] if a.shape[-1] >= 3 else a[..., :1].repeat(3, -1)
+    "Chosen bands as colours, one as grey; deep numbers become bytes"
+    chosen = [b - 1 for b in bands or ((1, 2, 3) if a.shape[-1] >= 3 else (1,))]
+    a = a[..., chosen * (3 // len(chosen))]
     if a.dtype != np.uint8:
-        a = np.nan_to_num(a.astype(np.float32), posinf=0, neginf=0) / white * 255
+        a = np.nan_to_num(a.astype(np.float32), posinf=0, neginf=0)
+        a = (a - black) / max(white - black, 1e-9) * 255
         a = a.clip(0, 255).round().astype(np.uint8)
     return torch.from_numpy(np.ascontiguousarray(a.transpose(2, 0, 1)))
 
@@ -88,15 +92,18 @@ class LargePicture:
         size: tuple,  # (H,W)
         read: Callable,  # (top, left, h, w) -> numbers (h,w,bands)
         white: float | None = None,  # of more than 8 bits; None: found in the picture
+        black: float = 0,
+        bands: Sequence | None = None,  # counted from 1
     ):
         self.size, self.read, self.white = size, read, white
+        self.black, self.bands = black, bands
         kind = read(0, 0, 1, 1).dtype
         if self.white is None and kind != np.uint8:
             peaks = (np.nanmax(read(y, 0, h, size[1])) for y, h in row_blocks(size))
             self.white = white_of(float(max(peaks)), kind.kind == "f")
 
     def window(self, top: int, left: int, h: int, w: int) -> Tensor:  # uint8 (3,h,w)
-        return as_rgb(self.read(top, left, h, w), self.white)
+        return as_rgb(self.read(top, left, h, w), self.white, self.black, self.bands)
 
 
 def row_blocks(size: tuple, multiple: int = 1) -> Iterator[tuple]:  # (top, rows)
@@ -177,10 +184,10 @@ def open_picture(
     limit = 2 * (Image.MAX_IMAGE_PIXELS or IN_MEMORY)
     if h * w > IN_MEMORY:
         read = mapped_tiff(path) or (rasterio_or_none() and by_rasterio(path))
-        white = reading.pop("white", None)
-        odd = [f"{k}={v!r}" for k, v in reading.items() if v]
+        known = {k: reading[k] for k in ("white", "black", "bands") if k in reading}
+        odd = [f"{k}={v!r}" for k, v in reading.items() if v and k not in known]
         if read and not odd and tags.get(ORIENTATION, 1) == 1:
-            try: return LargePicture((h, w), read, white)
+            try: return LargePicture((h, w), read, **known)
             except Exception as e:  # GDAL has exceptions of its own
                 raise unreadable(path, e) from None
         if read and h * w > limit:
@@ -188,7 +195,6 @@ def open_picture(
             raise UserError(f"'{path}' is too large to be read {what}: save it upright with 8 "
                             "bits, or cut it into parts.")
         if h * w > limit: raise too_large(path)
-        if white: reading["white"] = white
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Picture(read_image(path, **reading))
@@ -451,6 +457,7 @@ class Job(NamedTuple):
     "One picture to predict"
     path: Path
     name: str  # of its outputs, with subfolders, without ending
+    folder: Path  # below which the name begins
 
 
 def files_of(source: str | Path, out: Path) -> tuple[list, Path]:  # files, and their folder
@@ -490,11 +497,11 @@ def find_jobs(
     files = list(dict.fromkeys(f for found, _ in groups for f in found))
     own = next((f for f in files if out.resolve() in f.resolve().parents), None)
     if own: raise UserError(f"'{own}' lies in the folder out '{out}': choose another one.")
-    base = os.path.commonpath([folder for _, folder in groups])
+    base = Path(os.path.commonpath([folder for _, folder in groups]))
     names = [Path(os.path.relpath(f, base)) for f in files]
     often = Counter(n.with_suffix("") for n in names)
-    return [Job(f, (n if often[n.with_suffix("")] > 1 else n.with_suffix("")).as_posix())
-            for f, n in zip(files, names)]
+    unique = [n if often[n.with_suffix("")] > 1 else n.with_suffix("") for n in names]
+    return [Job(f, n.as_posix(), base) for f, n in zip(files, unique)]
 
 # %% ../nbs/53_predict.ipynb #png
 class Spool:
@@ -792,9 +799,9 @@ def settle(writing: deque[Future], most: int) -> None:
 
 
 def write_coco(ledger: Ledger, jobs: list, model: Predictor) -> None:
-    "All masks as polygons and RLE in one JSON file, so that a tool can correct them"
+    "All masks as objects in one JSON file of COCO, so that an annotation tool can correct them"
     folder = ledger.path.parent
     names = [job.name for job in jobs if job.name in ledger.done]
     masks = {name: folder / ledger.done[name]["files"]["masks"] for name in names}
     export = importlib.import_module("semiseg_nb.annotations").export_coco
-    export(masks, folder / "coco.json", model.classes, model.palette)
+    export(masks, folder / "coco.json", model.classes, images=jobs[0].folder)

@@ -1,14 +1,18 @@
 """The benchmarks run: one step of each kind. What they measure is in results/benchmarks."""
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import augment
 import gan
+import predict
 import step
 
 from semiseg_nb.engine import make_accelerator
@@ -39,3 +43,14 @@ def test_a_view_of_each_kind():
         for column in cells.values():
             image, label = column()
             assert image.shape == (2, 3, 16, 16)
+
+
+def test_a_few_pictures_and_a_large_one(tmp_path, monkeypatch, capsys):
+    a = predict.words().parse_args(["--images", "3", "--size", "48", "--training", "32", "--width", "2", "--rounds", "1", "--side", "300", "--batch-size", "2", "--threads", "1"])
+    rates = predict.speed(a, tmp_path)
+    assert set(rates) == {"plain loop", "predict_files"} and all(row["images_per_second"] > 0 for row in rates.values())
+    a.alone = tmp_path
+    predict.alone(a)
+    row = json.loads(capsys.readouterr().out)
+    assert row["side"] == 300 and row["peak_mb"] >= row["before_mb"] > 0 and (tmp_path / "out/masks/large.png").is_file()
+    with Image.open(tmp_path / "large.tif") as picture: assert picture.size == (300, 300) and picture.mode == "RGB" and np.array(picture).std() > 10

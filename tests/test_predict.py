@@ -242,6 +242,15 @@ def test_grey_and_deep_tiffs_by_windows_are_as_in_training(large, tmp_path, mode
         assert torch.equal(picture.window(3, 5, 20, 30), wanted[:, 3:23, 5:35])
 
 
+def test_bands_are_chosen_and_levels_spread_by_windows():
+    a = np.random.default_rng(0).integers(0, 3000, (6, 5, 4)).astype(np.uint16)
+    picture = LargePicture((6, 5), lambda top, left, h, w: a[top:top + h, left:left + w], white=2000, black=500, bands=[4, 2, 1])
+    wanted = ((a[1:4, :, [3, 1, 0]].astype(np.float32) - 500) / 1500 * 255).clip(0, 255).round()
+    assert np.array_equal(picture.window(1, 0, 3, 5).permute(1, 2, 0).numpy(), wanted.astype(np.uint8))
+    grey = LargePicture((6, 5), lambda top, left, h, w: a[top:top + h, left:left + w, 1:2], white=2000).window(0, 0, 6, 5)
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
+
+
 def test_a_large_file_of_another_kind_names_the_extra(large, tmp_path):
     for name, how in (("x.png", {}), ("c.tif", {"compression": "tiff_lzw"})):
         save(colours(61, 47), tmp_path / name, **how)
@@ -386,12 +395,12 @@ def test_a_full_disk_stops_with_a_sentence(photos, tmp_path, monkeypatch):
 def test_polygons_are_asked_of_the_module_that_knows_them(photos, tmp_path, monkeypatch):
     calls = []
     module = types.ModuleType("semiseg_nb.annotations")
-    module.export_coco = lambda *given: calls.append(given)
+    module.export_coco = lambda *given, **more: calls.append((*given, more))
     monkeypatch.setitem(sys.modules, "semiseg_nb.annotations", module)
     quiet(Predictor(Brightest(), card()), photos[0], tmp_path / "out", coco=True)
-    masks, path, classes, palette = calls[0]
+    masks, path, classes, more = calls[0]
     assert set(masks) == set(photos[1]) and all(p.is_file() for p in masks.values()) and path == tmp_path / "out/coco.json"
-    assert classes == ("class 0", "class 1", "class 2") and palette[1] == (200, 0, 0)
+    assert classes == ("class 0", "class 1", "class 2") and more == {"images": photos[0]}
 
 
 def test_a_path_is_a_model_and_arguments_are_checked(trained, photos, tmp_path):
