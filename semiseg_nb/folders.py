@@ -184,7 +184,8 @@ def _read_info(root: Path) -> dict:
                         "remove the file and the classes are inferred.")
     for field_name, (kind, inner) in INFO.items():
         value = info.get(field_name)
-        if field_name in info and not isinstance(value, kind):
+        wrong = not isinstance(value, kind) or isinstance(value, bool)
+        if field_name in info and wrong:
             raise UserError(f"'{path}' gives {field_name} as {reprlib.repr(value)}, but it should "
                             f"be {KINDS[kind]}.")
         for key, entry in value.items() if inner and value else ():
