@@ -157,7 +157,7 @@ LOAD = {  # must load, and rightly
     "dead link among the images": lambda root, r: (images(root)[0].parent / "zz.png").symlink_to("/nowhere/a.png"), "unknown ending": lambda root, r: (images(root)[0].parent / "a.heic").write_bytes(b"x"),
     "notes beside the images": lambda root, r: (images(root)[0].parent / "readme.txt").write_text("x"), "pictures beside the folders": lambda root, r: shutil.copytree(root / "images", root / "originals"),
     "linked image": one(images, lambda p, r: p.rename(p.parents[1 if p.parent.name == "images" else 2] / f"real_{p.name}") and p.symlink_to(p.parents[1 if p.parent.name == "images" else 2] / f"real_{p.name}")),
-    "spaces and accents": lambda root, r: rename_all(root, lambda p: f"é ü {p.name}"), "numbers": lambda root, r: rename_all(root, lambda p: f"{ord(p.stem[0])}{p.name[-6:]}"),
+    "spaces and accents": lambda root, r: rename_all(root, lambda p: f"é ü {p.name}"), "numbers": lambda root, r: rename_all(root, lambda p: f"{ord(p.stem[0])}{p.stem[-2:]}{p.suffix}"),
     "decomposed names of images": lambda root, r: rename_all(root, lambda p: unicodedata.normalize("NFD" if "images" in p.parts else "NFC", f"é{p.name}")),
     "classes in some encoding": lambda root, r: as_text(root, r, "classes.txt", "# Klassen\r\nHintergrund\r\nStraße\r\nMüll\r\n"),
     "dataset.json in some encoding": lambda root, r: as_text(root, r, "dataset.json", json.dumps({"classes": [{"id": 0, "name": "Bäume", "color": "#0a0"}, "b", "c"]}, ensure_ascii=False)),
@@ -166,7 +166,7 @@ LOAD = {  # must load, and rightly
     "masks of floats": every(masks, lambda p, r: resave(p, Image.fromarray(a_mask(p).astype(np.float32)), ".tif")),
     "NaN in a mask": one(masks, lambda p, r: resave(p, Image.fromarray(np.where(np.arange(W) < 5, np.nan, a_mask(p)).astype(np.float32)), ".tif")),
     "unknown borders": one(masks, lambda p, r: write_mask(p, np.where(np.arange(W) < 5, 255, a_mask(p)).astype(np.uint8))),
-    "groups": lambda root, r: (root / "groups.csv").write_text("image;group\n" + "".join(f"{p.name};{i // 2 if p.parent.name == 'images' else p.parent.name}\n" for i, p in enumerate(images(root)))),
+    "groups": lambda root, r: (root / "groups.csv").write_text("image;group\n" + "".join(f"{p.relative_to(root / 'images').with_suffix('').as_posix()};{i // 2 if p.parent.name == 'images' else p.parent.name}\n" for i, p in enumerate(images(root)))),
     "a flat image": lambda root, r: Image.new("RGB", (W, H), (9, 9, 9)).save(images(root)[0].parent / "zz.png") if (root / "images/train").is_dir() is False else None,
     "a one-colour mask": one(masks, lambda p, r: write_mask(p, np.full((H, W), 255, np.uint8))),
 }
@@ -260,8 +260,13 @@ def trial(seed):
         for _ in range(r.choice([1, 1, 2, 3])):
             kind = r.choice(["load", "load", "refuse", "either"])
             what = r.choice(sorted({"load": LOAD, "refuse": REFUSE, "either": EITHER}[kind]))
+            before = shutil.copytree(root, Path(name) / "before", symlinks=True)
             try: {"load": LOAD, "refuse": REFUSE, "either": EITHER}[kind][what](root, r)
-            except Exception: continue                             # the mutations before it have left nothing to change
+            except Exception:                                      # the mutations before it have left nothing to change
+                shutil.rmtree(root)
+                before.rename(root)
+                continue
+            shutil.rmtree(before)
             chosen.append((kind, what))
         kinds = [k for k, _ in chosen]
         expected = kinds[0] if len(chosen) == 1 else "load" if set(kinds) == {"load"} and not _clash(chosen) else "either"
