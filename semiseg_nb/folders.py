@@ -184,7 +184,8 @@ def _read_info(root: Path) -> dict:
                         "remove the file and the classes are inferred.")
     for field_name, (kind, inner) in INFO.items():
         value = info.get(field_name)
-        if field_name in info and not isinstance(value, kind):
+        wrong = not isinstance(value, kind) or isinstance(value, bool)
+        if field_name in info and wrong:
             raise UserError(f"'{path}' gives {field_name} as {reprlib.repr(value)}, but it should "
                             f"be {KINDS[kind]}.")
         for key, entry in value.items() if inner and value else ():
@@ -313,7 +314,8 @@ def _groups_by_list(items: list, path: Path) -> dict:
     "The groups in a table with an image and a group a line"
     known = {}
     for item in items:
-        for name in (item.image.stem, item.image.name, item.id): known[one_form(name)] = item
+        for name in {item.image.stem, item.image.name, item.id}:
+            known.setdefault(one_form(name), []).append(item)
     lines = text_lines(path)
     mark = next((m for m in (";", "\t", ",") if lines and m in lines[0]), ",")
     rows = [[cell.strip().strip('"') for cell in line.split(mark)] for line in lines]
@@ -323,10 +325,12 @@ def _groups_by_list(items: list, path: Path) -> dict:
         if len(row) != 2 or not all(row):
             raise UserError(f"'{path}' has the line {reprlib.repr(mark.join(row))}: write an image "
                             "and its group, with a comma between.")
-        item = known.get(one_form(row[0]))
-        if item is None:
-            raise UserError(f"'{path}' names '{reprlib.repr(row[0])[1:-1]}', but there is no such "
-                            "image: correct the list.")
+        named = known.get(one_form(row[0]), [])
+        if len(named) != 1:
+            found = f"there are {len(named)} such images" if named else "there is no such image"
+            remedy = f"write '{named[0].id}'" if named else "correct the list"
+            raise UserError(f"'{path}' names '{reprlib.repr(row[0])[1:-1]}', but {found}: {remedy}.")
+        item = named[0]
         if groups.setdefault(item.id, row[1]) != row[1]:
             raise UserError(f"'{path}' puts '{row[0]}' into two groups: an image has one.")
     return groups

@@ -132,6 +132,15 @@ def test_groups_that_make_no_sense(plain, text, options, says):
     with pytest.raises(UserError, match=says): load_task("folder", plain, n_labelled=2, **options)
 
 
+def test_a_name_in_two_splits_is_not_guessed(official):
+    (official / "images/val/v0.png").rename(official / "images/val/t1.png")
+    (official / "masks/val/v0.png").rename(official / "masks/val/t1.png")
+    (official / "groups.csv").write_text("t1,a\n")
+    with pytest.raises(UserError, match="names 't1', but there are 2 such images: write 'train/t1'"): load_task("folder", official, n_labelled=3)
+    (official / "groups.csv").write_text("train/t1,a\ntrain/t2,a\n")
+    assert load_task("folder", official, n_labelled=3)
+
+
 def test_a_group_on_both_sides_of_given_splits_is_a_leak(official):
     (official / "groups.csv").write_text("train/t1\tx\nval/v1\tx\n")
     with pytest.raises(UserError, match="t1.png' and '.*v1.png' both belong to the group 'x'"): load_task("folder", official, n_labelled=3)
