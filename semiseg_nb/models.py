@@ -374,7 +374,7 @@ class EncoderNet(Segmenter):
         "Feature maps and the image's (H,W) -> logits (B,C,H,W)"
         h, w = map(padded, size)
         finest, rest = features[0], iter(features)
-        full = []  # decoders count levels, so absent ones are empty maps (len() would fix B in an export)
+        full = []  # decoders count levels: absent ones are empty (len() would fix B in an export)
         for level, c in enumerate(self.channels):
             if level > 0 and c > 0: full.append(next(rest))
             else: full.append(finest.new_empty(finest.shape[0], 0, h >> level, w >> level))
