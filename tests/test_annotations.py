@@ -16,7 +16,9 @@ from pycocotools import mask as coco_masks
 
 from semiseg_nb import annotations
 from semiseg_nb.annotations import export_coco, import_annotations
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
+from semiseg_nb.experiment import run
 from semiseg_nb.folders import Folder
 from semiseg_nb.pictures import look_at, read_image, read_mask
 
@@ -455,3 +457,16 @@ def test_damaged_exports_are_one_sentence_or_a_right_import(tmp_path):
     small_exports(tmp_path)
     imported = [import_of_damaged(tmp_path, number) for number in range(200)]
     assert 30 < sum(imported) < 170, "some damage is harmless, most is not"
+
+
+def test_a_run_has_the_same_score_whichever_tool_wrote_the_masks(tmp_path):
+    scores = {}
+    for tool in ("coco", "labelme", "cvat", "yolo", "masks, colours"):
+        source, target = tmp_path / f"{tool} source", tmp_path / tool
+        source.mkdir()
+        TOOLS[tool](source, PICTURES)
+        import_annotations(source, target, classes=NAMES)
+        task = load_task("folder", target, n_labelled=None, size=32, n_unlabelled=0)
+        record = run("supervised", task, steps=3, batch_size=2, width=4, device="cpu", progress=False).record
+        scores[tool] = (record["result"]["miou"], record["result"]["iou_per_class"], task.labelled.masks.sum().item())
+    assert len({str(s) for s in scores.values()}) == 1, scores
