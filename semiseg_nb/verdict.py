@@ -312,7 +312,7 @@ class Budget:
         logs = np.array([math.log(a) - b * math.log(n) for a, b in curves])
         w = float(logs.var(ddof=1) / len(logs)) if len(logs) > 1 else math.nan
         low, high = with_ends(float(logs.mean()), [(w, len(logs))], level)
-        mean, low, high = (max(0.0, 1 - math.exp(v)) for v in (logs.mean(), high, low))
+        mean, low, high = (float(np.clip(1 - np.exp(v), 0, None)) for v in (logs.mean(), high, low))
         return Interval(mean, low, high)
 
 

@@ -88,10 +88,10 @@ def lesson(notebook, module, *ids):
     return names
 
 
-def from_guidedmix(cls, *ids, **given):
+def from_guidedmix(cls, *ids, dicts=(), **given):
     def make(task):
         names = lesson("30_guidedmix.ipynb", guidedmix, "random-partners", *ids)
-        return names[cls](net(task), task, **{k: v for name in given.pop("dicts", ()) for k, v in names[name].items()} | given)
+        return names[cls](net(task), task, **{k: v for name in dicts for k, v in names[name].items()} | given)
     return make
 
 
