@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch._dynamo  # once, before runs are forked: the first optimiser would import it in each
 
 from semiseg_nb import core, engine, experiment
 from semiseg_nb.catalogue import load_across, load_task

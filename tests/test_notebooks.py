@@ -10,6 +10,7 @@ from pathlib import Path
 import papermill
 import pytest
 import yaml
+from kernels import fork_kernels
 from papermill.exceptions import PapermillExecutionError
 from safetensors import safe_open
 from traitlets.config import Config
@@ -17,6 +18,7 @@ from traitlets.config import Config
 from semiseg_nb.checkpoint import read_weights
 from semiseg_nb.core import UserError, check_parameters, notebook_parameters
 
+fork_kernels()
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 SMOKE = yaml.safe_load((ROOT / "nbs/params/smoke.yaml").read_text())

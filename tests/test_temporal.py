@@ -253,6 +253,7 @@ KILLS = """
 import os, pickle, signal, sys
 from pathlib import Path
 import torch
+import torch._dynamo  # once, before children are forked: the first optimiser would import it in each
 from torch import nn
 import semiseg_nb.bank as bank
 from semiseg_nb.core import seed_everything

@@ -1,0 +1,50 @@
+"""Kernels for the notebook tests, forked from a process that has imported PyTorch already: a third of a short run would be imports otherwise."""
+import multiprocessing
+import os
+import signal
+import sys
+
+from jupyter_client.provisioning import local_provisioner
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch._dynamo", "torchvision", "timm", "segmentation_models_pytorch", "scipy.stats", "ipykernel.kernelapp", "ipykernel.ipkernel",
+                                "ipywidgets", "semiseg_nb.experiment"])
+
+
+def run_kernel(arguments, cwd, env, ready):
+    "What `python -m ipykernel_launcher` does, in a process of its own"
+    os.setsid()  # a group of its own, which is stopped as a whole
+    ready.set()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = ["ipykernel_launcher", *arguments]
+    from ipykernel.kernelapp import launch_new_instance
+    launch_new_instance(argv=arguments)
+
+
+class Forked:
+    "What a provisioner wants to know of a process"
+    stdin = stdout = stderr = None
+
+    def __init__(self, process): self.process, self.pid = process, process.pid
+    def poll(self): return self.process.exitcode
+    def send_signal(self, number): os.kill(self.pid, number)
+    def terminate(self): self.send_signal(signal.SIGTERM)
+    def kill(self): self.send_signal(signal.SIGKILL)
+
+    def wait(self):
+        self.process.join()
+        return self.process.exitcode
+
+
+def launch(cmd, cwd=None, env=None, **_):
+    "In place of `jupyter_client.launcher.launch_kernel`"
+    ready = CONTEXT.Event()
+    process = CONTEXT.Process(target=run_kernel, args=(cmd[cmd.index("ipykernel_launcher") + 1:], cwd or os.getcwd(), dict(env or os.environ), ready), daemon=True)
+    process.start()
+    assert ready.wait(120), "the kernel has not started"
+    return Forked(process)
+
+
+def fork_kernels(): local_provisioner.launch_kernel = launch
