@@ -39,9 +39,8 @@ def day(words: argparse.Namespace, out: Path) -> dict:
     pictures = [item.image for item in report.folder.splits.get("val", report.folder.splits.get("")).values() if item.mask][:words.pictures]
     start = time.perf_counter()
     done = predict_files(load_model(out / "runs/best", "cpu"), pictures, out / "predictions", tile=words.tile, progress=False)
-    text = str(found).replace(f"{out}/", "")
     return {
-        "data": {k: v for k, v in data.items() if k != "data_root"} | {"name": task.name}, "doctor": report.as_dict(), "text": text,
+        "data": {k: v for k, v in data.items() if k != "data_root"} | {"name": task.name}, "doctor": report.as_dict(), "text": str(found),
         "verdict": found.as_dict(), "predictions": {"pictures": len(done.done), "failed": len(done.failed), "tile": words.tile,
                                                     "seconds": round(time.perf_counter() - start, 1)}}
 
@@ -62,10 +61,11 @@ def main(words: list | None = None) -> None:
     p.add_argument("--out", type=Path, default=RESULTS)
     words = p.parse_args(words)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder: found = day(words, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        found = json.loads(json.dumps(day(words, Path(folder)), default=str).replace(f"{folder}/", ""))
     asked = {k: v for k, v in vars(words).items() if k not in ("folder", "out", "values")}
     record = {"commit": commit(), "device": f"cpu, 1 thread, {platform.machine()}", "asked": asked} | found
-    text = json.dumps(record, indent=1, default=str).replace(str(words.folder), words.folder.name)
+    text = json.dumps(record, indent=1).replace(str(words.folder), words.folder.name)
     (words.out / f"own_images-{found['data']['name']}.json").write_text(text + "\n")
 
 

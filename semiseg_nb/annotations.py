@@ -34,7 +34,7 @@ from semiseg_nb.core import (
     temporary_name,
 )
 from .folders import PICTURES, SHARP, class_palette, one_form
-from .formats import READERS, Export, Picture, Source, as_colour, naming, tool_kinds
+from .formats import READERS, Export, Picture, ToolFiles, as_colour, naming, tool_kinds
 from .mask_files import is_manifest, pairs_of, read_masks
 from .pictures import image_size, read_mask
 from .rasters import Region, paint, pieces_of, region_runs, rle_text, trace_outlines
@@ -292,7 +292,7 @@ def _workplace(target: Path) -> Iterator:
     finally: shutil.rmtree(place, ignore_errors=True)
 
 
-def _recognised(source: Source) -> str:
+def _recognised(source: ToolFiles) -> str:
     "The kind of an export; raises `UserError` when it is none, or several"
     found = tool_kinds(source)
     table = next((p for p in source.ending(".csv") if is_manifest(p)), None)
@@ -343,9 +343,9 @@ def import_annotations(
     with _workplace(target) as place:
         outside = [target.resolve(), place.resolve()]
         if source.suffix.lower() == ".zip":
-            files = Source(_unpacked(source, place / "unpacked"))
-        elif source.is_file(): files = Source(source.parent, source, outside)
-        else: files = Source(source, None, outside)
+            files = ToolFiles(_unpacked(source, place / "unpacked"))
+        elif source.is_file(): files = ToolFiles(source.parent, source, outside)
+        else: files = ToolFiles(source, None, outside)
         kind = kind or _recognised(files)
         if kind in READERS: export = READERS[kind](files)
         else: export = read_masks(files, mapping, table, classes, kind == "csv")
@@ -353,7 +353,7 @@ def import_annotations(
         return _write(export, place / "made", target, kind, source, mapping, classes, empty)
 
 
-def _unread(source: Source) -> list:
+def _unread(source: ToolFiles) -> list:
     "Sentences on files that no importer reads"
     known = PICTURES | SHARP | {".json", ".xml", ".txt", ".yaml", ".yml", ".csv"}
     rest = [p for p in source.files if p.suffix.lower() not in known]
@@ -479,7 +479,7 @@ def export_coco(
     names = list(classes) if classes is not None else _names_beside(masks)
     first = 0 if str(names[0]).lower() in GROUND else 1  # no tool wants an object 'background'
     ids = {i: i + first for i in range(1 - first, len(names))} | {IGNORE: 1000}
-    source = Source(Path(images).expanduser()) if images is not None else None
+    source = ToolFiles(Path(images).expanduser()) if images is not None else None
     rows, annotations, used = [], [], set()
     for number, (name, mask) in enumerate(_masks_of(masks).items(), 1):
         a = np.asarray(read_mask(mask) if isinstance(mask, Path) else mask)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN_ONLY', 'NOTES', 'arguments_of', 'sort_names', 'nested', 'read_parameters', 'comments_of', 'meanings',
-           'describe_method', 'train', 'pairs', 'import_', 'check', 'judge', 'predict', 'export', 'is_request',
+           'describe_method', 'train', 'name_values', 'import_', 'examine', 'judge', 'predict', 'export', 'is_request',
            'load_run', 'images_of', 'score', 'row_text', 'report', 'show_methods', 'lessons_home', 'lesson_files',
            'lessons', 'parser', 'parse', 'main']
 
@@ -167,7 +167,7 @@ def train(words: Namespace) -> list[Result]:
     return results
 
 # %% ../nbs/62_command.ipynb #own
-def pairs(text: str) -> dict[str, str]:  # "tree=plant,sky=ignore" -> {"tree": "plant", ...}
+def name_values(text: str) -> dict[str, str]:  # "tree=plant,sky=ignore" -> {"tree": "plant", ...}
     "Names with values, separated by commas; raises `UserError`"
     found = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -182,11 +182,11 @@ def pairs(text: str) -> dict[str, str]:  # "tree=plant,sky=ignore" -> {"tree": "
 def import_(words: Namespace) -> None:
     "Turn what an annotation tool wrote into a folder of images and masks"
     classes = words.classes.split(",") if words.classes else None
-    print(import_annotations(words.source, words.folder, kind=words.kind, mapping=pairs(words.map),
-                             colours=pairs(words.colours), classes=classes, empty=words.empty))
+    print(import_annotations(words.source, words.folder, kind=words.kind, mapping=name_values(words.map),
+                             colours=name_values(words.colours), classes=classes, empty=words.empty))
 
 
-def check(words: Namespace) -> None:
+def examine(words: Namespace) -> None:
     "What will be used of a folder, what not and why, what looks wrong"
     report = check_folder(words.folder)
     print(json.dumps(report.as_dict(), indent=1) if words.json else report)
@@ -379,7 +379,7 @@ def parser() -> ArgumentParser:
     d.add_argument("folder")
     d.add_argument("--json", action="store_true")
     d.add_argument("--sheet", help="a .png file: masks over images, the suspicious ones first")
-    d.set_defaults(act=check)
+    d.set_defaults(act=examine)
     v = commands.add_parser("verdict", help="was it worth it? Methods against the baseline")
     v.add_argument("folder", nargs="?", default="runs")
     v.add_argument("--level", type=float, default=0.95, help="of the intervals")

@@ -23,7 +23,7 @@ from semiseg_nb.formats import (
     SPLITS,
     Export,
     Picture,
-    Source,
+    ToolFiles,
     as_colour,
     class_names,
     open_picture,
@@ -183,7 +183,7 @@ def _is_mask(parts: Sequence, stems: set) -> bool:
     return MASK_SUFFIX.sub("", stem) != stem and MASK_SUFFIX.sub("", stem).lower() in stems
 
 
-def pairs_of(source: Source) -> tuple:
+def pairs_of(source: ToolFiles) -> tuple:
     "([(image, mask or None)], [masks without image]); raises `UserError` where two fit"
     endings = PICTURES | SHARP
     pictures = {p: parts for p, parts in source.files.items() if p.suffix.lower() in endings}
@@ -233,7 +233,7 @@ def is_manifest(path: Path) -> bool:
     return bool(rows) and {"image", "mask"} <= set(rows[0])
 
 
-def _manifest(source: Source) -> tuple:
+def _manifest(source: ToolFiles) -> tuple:
     "([Picture], {path: mask}) from a CSV file; raises `UserError` for a file that is not there"
     path = next((p for p in source.ending(".csv") if is_manifest(p)), None)
     if path is None:
@@ -282,7 +282,7 @@ def _colour_table(path: Path) -> dict:
     return table
 
 
-def _described(source: Source) -> tuple:
+def _described(source: ToolFiles) -> tuple:
     "(names by id, name -> (R,G,B)) from the files beside the masks"
     path = next((p for p in source.files if p.name.lower() in COLOUR_TABLES), None)
     if path: return [], _colour_table(path)
@@ -298,7 +298,7 @@ def _described(source: Source) -> tuple:
 
 
 def read_masks(
-    source: Source,
+    source: ToolFiles,
     mapping: Mapping,  # grey value, as text -> class
     colours: Mapping,  # class -> (R,G,B); empty: from a file, or each colour a class
     classes: Sequence | None,  # names of the ids where no file beside the masks tells them

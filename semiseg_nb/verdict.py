@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEST', 'BUDGET', 'SHARED', 'SHARED_DATA', 'FEW', 'FEW_OF_CLASS', 'image_counts', 'scores_of', 'mean_of', 'Interval',
            'with_ends', 'estimate', 'Finished', 'finished_runs', 'check_budget', 'rebuild', 'counts_of_run',
-           'power_law', 'Budget', 'fewer_masks', 'label_budget', 'read_budget', 'Row', 'Verdict', 'cost_text',
+           'power_law', 'Budget', 'fewer_masks', 'label_budget', 'read_budget', 'Compared', 'Verdict', 'cost_text',
            'tasks_of', 'test_of', 'record_of', 'Arm', 'joined_counts', 'verdict', 'warnings_of', 'budget_of', 'deploy',
            'disagreement', 'spread_out', 'Candidate', 'opinions', 'to_label_next', 'label_sheet']
 
@@ -394,7 +394,7 @@ def read_budget(
 
 # %% ../nbs/51_verdict.ipynb #row
 @dataclass
-class Row:
+class Compared:
     "An arm of the comparison"
     title: str
     method: str
@@ -419,8 +419,8 @@ class Verdict:
     n_images: int
     classes: tuple
     level: float
-    baseline: Row
-    rows: list  # of `Row`: methods, best first, then other arms of the baseline
+    baseline: Compared
+    rows: list  # of `Compared`: methods, best first, then other arms of the baseline
     notes: list
     budget: dict | None = None  # "n" masks, "twice" as many, and what these bring: "then"
     best: dict = field(default_factory=dict)  # "folder", "run", "method", "seed", "rule"
@@ -476,7 +476,7 @@ class Verdict:
 
     def as_dict(self) -> dict:
         "The same in plain types, for JSON"
-        def row(r: Row) -> dict:
+        def row(r: Compared) -> dict:
             return vars(r) | {"score": _points(r.score), "gain": _points(r.gain)}
         budget = self.budget and self.budget | {"then": _points([self.budget["then"]])[0]}
         return plain(vars(self) | {
@@ -484,7 +484,7 @@ class Verdict:
             "rows": [row(r) for r in self.rows], "budget": budget})
 
 
-def cost_text(row: Row, base: Row) -> str:
+def cost_text(row: Compared, base: Compared) -> str:
     "The price of a method, in words"
     if not row.seconds or not base.seconds or row.devices != base.devices: return ""
     return f" for {row.seconds / base.seconds:.1f} times the time"
@@ -653,7 +653,7 @@ def verdict(
         mine, theirs = (a.counts[split][a.rows_of(common)] for a in (arm, arms[base]))
         splits = [s for s, _ in common]
         found = [r for r in (record_of(f, records) for f in arm.runs.values()) if r]
-        rows[key] = Row(
+        rows[key] = Compared(
             arm.title, arm.method, titles[key][1], list(arm.runs),
             score=estimate(arm.counts[split], splits=[s for s, _ in arm.runs], **options),
             gain=None if key == base else estimate(mine, theirs, splits, **options),

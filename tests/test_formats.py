@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from semiseg_nb.core import UserError
-from semiseg_nb.formats import READERS, Source, as_colour, tool_kinds
+from semiseg_nb.formats import READERS, ToolFiles, as_colour, tool_kinds
 
 
 def image(path, size=(8, 6), **more):
@@ -33,13 +33,13 @@ def picture(text, names="#o"): return np.array([[names.find(c) for c in line] fo
 def written(tmp_path, name, content):
     image(tmp_path / "a.png")
     (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    return Source(tmp_path)
+    return ToolFiles(tmp_path)
 
 
 # ---------------------------------------------------------------- names
 def test_a_name_is_looked_up_by_as_many_folders_as_fit(tmp_path):
     for name in ("x/a.png", "y/a.png", "y/Ä b.png", ".hidden/c.png", "__MACOSX/c.png"): image(tmp_path / name)
-    source = Source(tmp_path)
+    source = ToolFiles(tmp_path)
     assert source.find("data/elsewhere/y/a.png") == tmp_path / "y/a.png" == source.find("C:\\photos\\y\\A.PNG")
     assert source.find("A\u0308 b.png") == tmp_path / "y/Ä b.png" == source.find("ä b.jpg"), "another form of the same letter, another ending"
     assert source.find("c.png") is None and source.find("../../etc/passwd") is None and source.find("") is None and source.find("..") is None
@@ -48,7 +48,7 @@ def test_a_name_is_looked_up_by_as_many_folders_as_fit(tmp_path):
 
 def test_a_split_settles_which_file_is_meant(tmp_path):
     for split in ("train", "val"): image(tmp_path / split / "a.png")
-    assert Source(tmp_path).find("a.png", "val") == tmp_path / "val/a.png"
+    assert ToolFiles(tmp_path).find("a.png", "val") == tmp_path / "val/a.png"
 
 
 @pytest.mark.parametrize("value, colour", [("#0a0B0c", (10, 11, 12)), ("1, 2,3", (1, 2, 3)), ([1, 2, 3], (1, 2, 3)), ((1, 2, 256), None), ("red", None), (None, None), ([1, 2], None)])
@@ -107,9 +107,9 @@ def test_labels_are_numbered_over_the_whole_set(tmp_path):
         image(tmp_path / f"{name}.png")
         rows = [{"label": label, "points": [[0, 0], [8, 0], [8, 6]]} for label in labels]
         (tmp_path / f"{name}.json").write_text(json.dumps(labelme(*rows, imagePath=f"{name}.png")))
-    assert READERS["labelme"](Source(tmp_path)).names == ["__ignore__", "car", "tree"]
+    assert READERS["labelme"](ToolFiles(tmp_path)).names == ["__ignore__", "car", "tree"]
     (tmp_path / "labels.txt").write_text("__ignore__\n_background_\ntree\ncar\n")
-    assert READERS["labelme"](Source(tmp_path)).names == ["__ignore__", "_background_", "tree", "car"]
+    assert READERS["labelme"](ToolFiles(tmp_path)).names == ["__ignore__", "_background_", "tree", "car"]
 
 
 @pytest.mark.parametrize("shape, says", [
@@ -163,11 +163,11 @@ def test_yolo_names_and_folders(tmp_path):
     (tmp_path / "mine/a.txt").write_text("1 0 0 0.5 0 0.5 0.5 0 0.5\n\n")
     (tmp_path / "theirs/b.txt").write_text("")
     (tmp_path / "data.yaml").write_text("train: ../mine\nval:\n - ./theirs\nnames: [o, x]\n")
-    export = READERS["yolo"](Source(tmp_path))
+    export = READERS["yolo"](ToolFiles(tmp_path))
     assert {p.path.name: p.split for p in export.pictures} == {"a.png": "train", "b.png": "val"} and export.names == ["o", "x"]
     assert (drawn(export) == picture("####.... ####.... ####.... ........ ........ ........", "o#")).all() and export.pictures[1].shapes == []
     (tmp_path / "data.yaml").unlink()
-    export = READERS["yolo"](Source(tmp_path))
+    export = READERS["yolo"](ToolFiles(tmp_path))
     assert export.names == ["0", "1"] and "no data.yaml" in export.notes[0]
 
 
@@ -216,13 +216,13 @@ def test_what_studio_may_not_hold(tmp_path, tasks, says):
 # ---------------------------------------------------------------- which tool
 def test_the_tool_is_recognised_by_its_files(tmp_path):
     image(tmp_path / "a.png")
-    assert tool_kinds(Source(tmp_path)) == {}
+    assert tool_kinds(ToolFiles(tmp_path)) == {}
     (tmp_path / "a.json").write_text(json.dumps({"some": "settings"}))
     (tmp_path / "notes.txt").write_text("1 2 3 4 5 6 7")
     (tmp_path / "a.xml").write_text("<annotation/>")
-    assert tool_kinds(Source(tmp_path)) == {}, "none of these is an export"
+    assert tool_kinds(ToolFiles(tmp_path)) == {}, "none of these is an export"
     (tmp_path / "b.json").write_text(json.dumps(coco([])))
     (tmp_path / "b.xml").write_text(cvat())
     (tmp_path / "a.txt").write_text("0 0 0 1 0 1 1\n")
-    assert tool_kinds(Source(tmp_path)).keys() == {"coco", "cvat", "yolo"}
-    assert tool_kinds(Source(tmp_path, tmp_path / "b.xml")).keys() == {"cvat"}, "the user named the file"
+    assert tool_kinds(ToolFiles(tmp_path)).keys() == {"coco", "cvat", "yolo"}
+    assert tool_kinds(ToolFiles(tmp_path, tmp_path / "b.xml")).keys() == {"cvat"}, "the user named the file"

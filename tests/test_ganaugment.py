@@ -15,7 +15,7 @@ from semiseg_nb.ganaugment import (
     cutout,
     geometry,
     jitter,
-    pixels,
+    pixels_at,
     random_flip,
     slide,
     warp,
@@ -96,7 +96,7 @@ def test_bilinear_sampling_has_two_derivatives_and_mirrors_the_border():
     assert torch.allclose(bilinear(x, 0 * at + 1, at)[0, 0, 0], x[0, 0, 1, [1, 0, 2, 3]])
     grid = torch.stack([col / 3 * 2 - 1, row / 2 * 2 - 1], 3)
     assert torch.allclose(bilinear(x, row, col), F.grid_sample(x, grid, padding_mode="reflection", align_corners=True))
-    assert torch.equal(pixels(x, torch.tensor([[[2]]]), torch.tensor([[[3]]])).flatten(), x[0, 0, 2, 3:])
+    assert torch.equal(pixels_at(x, torch.tensor([[[2]]]), torch.tensor([[[3]]])).flatten(), x[0, 0, 2, 3:])
 
 
 def test_ada_at_zero_is_the_identity_bit_for_bit():

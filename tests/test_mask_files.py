@@ -6,7 +6,7 @@ from PIL import Image
 
 from semiseg_nb.annotations import import_annotations
 from semiseg_nb.core import UserError
-from semiseg_nb.formats import Source
+from semiseg_nb.formats import ToolFiles
 from semiseg_nb.mask_files import pairs_of, read_masks
 
 
@@ -21,7 +21,7 @@ def with_masks(root, *masks, **more):
         save(root / f"masks/{i}.png", m, **more)
         h, w = m.size[::-1] if isinstance(m, Image.Image) else np.shape(m)[:2]
         save(root / f"images/{i}.png", np.zeros((h, w, 3), np.uint8))
-    return Source(root)
+    return ToolFiles(root)
 
 
 def read(source, mapping=(), colours=(), classes=None):
@@ -47,10 +47,10 @@ def test_names_come_from_files_beside_the_masks_or_from_the_user(tmp_path):
     source = with_masks(tmp_path, A)
     assert read(source, classes=["sky", "road", "car"])[1] == [[["sky", "road"], ["road", "car"]]]
     (tmp_path / "classes.txt").write_text("a\nb\nc\nd\n")
-    export, named = read(Source(tmp_path))
+    export, named = read(ToolFiles(tmp_path))
     assert named == [[["a", "b"], ["b", "c"]]] and export.names[:3] == ["a", "b", "c"]
     (tmp_path / "classes.txt").write_text("a\nb\n")
-    with pytest.raises(UserError, match="holds the value 2, but the class names are for 0 to 1: say what it means"): read(Source(tmp_path))
+    with pytest.raises(UserError, match="holds the value 2, but the class names are for 0 to 1: say what it means"): read(ToolFiles(tmp_path))
 
 
 def test_grey_values_need_a_key(tmp_path):
@@ -73,13 +73,13 @@ def test_masks_that_nobody_can_read_are_refused(tmp_path, masks, says):
     for i, m in enumerate(masks):
         save(tmp_path / f"masks/{i}.tif", m)
         save(tmp_path / f"images/{i}.png", np.zeros((*m.shape[:2], 3), np.uint8))
-    with pytest.raises(UserError, match=says): read(Source(tmp_path))
+    with pytest.raises(UserError, match=says): read(ToolFiles(tmp_path))
 
 
 def test_float_masks_with_gaps_are_unknown_there(tmp_path):
     save(tmp_path / "masks/a.tif", np.float32([[0, 1], [np.nan, 2]]))
     save(tmp_path / "images/a.png", np.zeros((2, 2, 3), np.uint8))
-    assert read(Source(tmp_path))[1] == [[["class 0", "class 1"], ["ignore", "class 2"]]]
+    assert read(ToolFiles(tmp_path))[1] == [[["class 0", "class 1"], ["ignore", "class 2"]]]
 
 
 # ---------------------------------------------------------------- colours
@@ -96,9 +96,9 @@ def test_colours_without_a_table_become_classes_and_are_shown(tmp_path):
 def test_tables_of_colours_as_tools_write_them(tmp_path, name, text):
     with_masks(tmp_path, PALETTE[A])
     (tmp_path / name).write_text(text)
-    assert read(Source(tmp_path))[1] == [[["sky", "road 2"], ["road 2", "car"]]]
+    assert read(ToolFiles(tmp_path))[1] == [[["sky", "road 2"], ["road 2", "car"]]]
     (tmp_path / name).write_text("\n".join(text.splitlines()[:-1]))
-    with pytest.raises(UserError, match="the colour #4682b4 in 1 pixels, which is not in the table"): read(Source(tmp_path))
+    with pytest.raises(UserError, match="the colour #4682b4 in 1 pixels, which is not in the table"): read(ToolFiles(tmp_path))
 
 
 def test_a_table_given_by_the_user(tmp_path):
@@ -125,7 +125,7 @@ def test_smoothed_colours_are_refused(tmp_path):
     with pytest.raises(UserError, match="smoothed"): read(with_masks(tmp_path, blurred))
     save(tmp_path / "jpeg/masks/0.jpg", PALETTE[truth])
     save(tmp_path / "jpeg/images/0.png", PALETTE[truth])
-    with pytest.raises(UserError, match="is a JPEG or WebP file"): read(Source(tmp_path / "jpeg"))
+    with pytest.raises(UserError, match="is a JPEG or WebP file"): read(ToolFiles(tmp_path / "jpeg"))
 
 
 def test_transparency(tmp_path):
@@ -146,20 +146,20 @@ def test_transparency(tmp_path):
 ])
 def test_masks_find_their_images(tmp_path, image, mask):
     for name in (image, mask): save(tmp_path / name, np.zeros((2, 2), np.uint8), format="PNG")
-    assert pairs_of(Source(tmp_path)) == ([(tmp_path / image, tmp_path / mask)], [])
+    assert pairs_of(ToolFiles(tmp_path)) == ([(tmp_path / image, tmp_path / mask)], [])
 
 
 def test_a_photo_whose_name_ends_like_a_mask_stays_a_photo(tmp_path):
     for name in ("images/venetian_mask.jpg", "images/b.jpg", "masks/venetian_mask.png"): save(tmp_path / name, np.zeros((2, 2), np.uint8))
-    pairs, lost = pairs_of(Source(tmp_path))
+    pairs, lost = pairs_of(ToolFiles(tmp_path))
     assert dict(pairs) == {tmp_path / "images/venetian_mask.jpg": tmp_path / "masks/venetian_mask.png", tmp_path / "images/b.jpg": None} and not lost
 
 
 def test_doubtful_pairs_are_refused(tmp_path):
     for name in ("images/a.png", "masks/a.png", "gt/a.png"): save(tmp_path / name, A)
-    with pytest.raises(UserError, match="has two masks, .* keep one, or name the pairs in a CSV"): pairs_of(Source(tmp_path))
+    with pytest.raises(UserError, match="has two masks, .* keep one, or name the pairs in a CSV"): pairs_of(ToolFiles(tmp_path))
     for name in ("2/x/a.png", "2/y/a.png", "2/masks/a.png"): save(tmp_path / name, A)
-    with pytest.raises(UserError, match="can belong to"): pairs_of(Source(tmp_path / "2"))
+    with pytest.raises(UserError, match="can belong to"): pairs_of(ToolFiles(tmp_path / "2"))
 
 
 def test_masks_without_image_are_told(tmp_path):

@@ -22,14 +22,14 @@ from semiseg_nb.experiment import run
 from semiseg_nb.models import build_model
 from semiseg_nb.predict import (
     LargePicture,
-    Picture,
     Predictor,
+    SmallPicture,
     at_size,
     enlarged,
     find_jobs,
     load_model,
     mapped_tiff,
-    open_picture,
+    open_raster,
     predict_files,
     windows,
     write_png,
@@ -221,11 +221,11 @@ def large(monkeypatch):
 
 def test_a_large_uncompressed_tiff_is_read_by_windows(large, tmp_path):
     x = save(colours(61, 47), tmp_path / "x.tif")
-    picture = open_picture(tmp_path / "x.tif")
+    picture = open_raster(tmp_path / "x.tif")
     assert isinstance(picture, LargePicture) and picture.size == (61, 47)
     assert torch.equal(picture.window(10, 20, 30, 7), x[:, 10:40, 20:27])
     small = at_size(picture, (15, 11))
-    exact = at_size(Picture(x), (15, 11))
+    exact = at_size(SmallPicture(x), (15, 11))
     assert small.shape == exact.shape and (small.float() - exact.float()).abs().mean() < 6
 
 
@@ -234,7 +234,7 @@ def test_grey_and_deep_tiffs_by_windows_are_as_in_training(large, tmp_path, mode
     a = np.random.default_rng(0).integers(0, 4000 if mode != "L" else 256, (30, 40)).astype({"L": np.uint8, "I;16": np.uint16, "F": np.float32}[mode])
     Image.fromarray(a).save(tmp_path / "x.tif")
     for reading in ({}, {"white": 4095}) if mode != "L" else ({},):
-        picture = open_picture(tmp_path / "x.tif", reading)
+        picture = open_raster(tmp_path / "x.tif", reading)
         assert isinstance(picture, LargePicture)
         Image.MAX_IMAGE_PIXELS = None
         wanted = predict.read_image(tmp_path / "x.tif", **reading)
@@ -255,9 +255,9 @@ def test_a_large_file_of_another_kind_names_the_extra(large, tmp_path):
     for name, how in (("x.png", {}), ("c.tif", {"compression": "tiff_lzw"})):
         save(colours(61, 47), tmp_path / name, **how)
         with pytest.raises(UserError, match=r"too large to be read at once: save it as an uncompressed TIFF, or install the extra .*semiseg_nb\[geo\]"):
-            open_picture(tmp_path / name)
+            open_raster(tmp_path / name)
     save(colours(61, 47), tmp_path / "x.tif", tiffinfo={274: 6})
-    with pytest.raises(UserError, match="too large to be read with an orientation"): open_picture(tmp_path / "x.tif")
+    with pytest.raises(UserError, match="too large to be read with an orientation"): open_raster(tmp_path / "x.tif")
 
 
 def test_a_large_file_is_predicted_as_a_small_one(large, tmp_path):
@@ -425,7 +425,7 @@ def test_a_georeferenced_tiff_keeps_its_place(tmp_path, monkeypatch):
     for n in (predict.IN_MEMORY, 100):
         monkeypatch.setattr(predict, "IN_MEMORY", n)
         said = quiet(model, tmp_path / "in", tmp_path / f"out{n}", tile=32)
-        assert isinstance(open_picture(tmp_path / "in/x.tif"), Picture if n > 100 else LargePicture) and not said.failed
+        assert isinstance(open_raster(tmp_path / "in/x.tif"), SmallPicture if n > 100 else LargePicture) and not said.failed
         with rasterio.open(tmp_path / f"out{n}/masks/x.tif") as f:
             assert f.crs == rasterio.crs.CRS.from_epsg(32632) and f.transform == place["transform"]
             assert torch.equal(torch.from_numpy(f.read(1)), brightest(x)) and f.colormap(1)[1] == (200, 0, 0, 255)
