@@ -1,8 +1,8 @@
 """The numbers of the first edition: 12 steps of every method on scenes (32 px, width 4, batch 4) leave the losses and the weights that they left then.
 
-`numbers.json` was made with commit 08704a8. The test compares the losses of the first three steps that both editions log (to 1e-3) and the sum of all weights
-after twelve (to 1e-3): another processor rounds otherwise, and from step to step this grows (after 4 steps to 4e-3, after 12 the sign statistics of a
-discriminator flip). `python tests/test_numbers.py` prints which rows are equal bit for bit over all twelve: on the processor of the file, all of them.
+`numbers.json` was made with commit 08704a8. Compared are the losses that both editions log (to 1e-3) and the sum of all weights (to 1e-4), as another processor
+rounds otherwise. In the rows of `CHAOTIC` that difference was measured to grow from step to step with unchanged code (4e-3 after 4 steps, then signs of a
+discriminator flip): there the first three steps count, and the weights to 1e-3. `python tests/test_numbers.py` prints which rows are equal bit for bit.
 """
 import hashlib
 import json
@@ -168,6 +168,8 @@ ROWS = {  # name of the row in numbers.json -> task, and how the second edition 
     "phase1": ("scenes", plain(Phase1)), "phase2": ("scenes", second_phase), "phase3": ("scenes", third_phase()),
     "phase3 threshold=0.2": ("scenes", third_phase(threshold=0.2)),
 }
+CHAOTIC = {"cct student_view=strong mix=1 teacher=ema", "cct_weak", "unimatch", "guidedmix paper", "guidedmix pseudo", "stylegan2", "stylegan2 diffaugment",
+           "stylegan2 ada path", "semanticgan", "semantic_encoder", "cyclegan", "cyclegan semantic", "mask_cycle"}
 made = {}
 
 
@@ -201,9 +203,10 @@ def test_the_numbers_have_not_moved(name):
     then, now = stored()[name], measured(name)
     shared = set(then["steps"][0]) & set(now["steps"][0])
     assert "lr" in shared and len(shared) >= 2
-    for a, b in list(zip(then["steps"], now["steps"]))[:3]:
+    steps, total = (3, 1e-3) if name in CHAOTIC else (12, 1e-4)
+    for a, b in list(zip(then["steps"], now["steps"]))[:steps]:
         assert [b[k] for k in sorted(set(a) & set(b))] == pytest.approx([a[k] for k in sorted(set(a) & set(b))], rel=1e-3, abs=1e-5)
-    assert now["total"] == pytest.approx(then["total"], rel=1e-3)
+    assert now["total"] == pytest.approx(then["total"], rel=total)
 
 
 if __name__ == "__main__":
