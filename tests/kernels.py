@@ -8,7 +8,7 @@ from jupyter_client.provisioning import local_provisioner
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "torchvision", "timm", "segmentation_models_pytorch", "scipy.stats", "ipykernel.kernelapp", "ipykernel.ipkernel",
-                                "ipywidgets", "semiseg_nb.experiment"])
+                                "ipywidgets", "matplotlib.pyplot", "semiseg_nb.command", "semiseg_nb.leaderboard", "semiseg_nb.viz"])
 
 
 def run_kernel(arguments, cwd, env, ready):
@@ -19,8 +19,12 @@ def run_kernel(arguments, cwd, env, ready):
     os.environ.clear()
     os.environ.update(env)
     sys.argv = ["ipykernel_launcher", *arguments]
+    import matplotlib
     from ipykernel.kernelapp import launch_new_instance
-    launch_new_instance(argv=arguments)
+    matplotlib.rcParams["backend"] = "module://matplotlib_inline.backend_inline"  # pyplot is imported already
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    ConstrainedLayoutEngine.execute = lambda self, fig: None  # to place titles finely costs as much as to draw the picture, and nobody looks
+    launch_new_instance(argv=[*arguments, "--InlineBackend.print_figure_kwargs={}"])
 
 
 class Forked:

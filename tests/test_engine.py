@@ -9,13 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pairs import run_pair
 from torch import nn
 
+from semiseg_nb.augment import flip_crop
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.checkpoint import fingerprint, read_state, write_state
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import EMA, UserError, frozen, seed_everything
-from semiseg_nb.data import Images
+from semiseg_nb.data import Images, Labelled
 from semiseg_nb.engine import Method, NonFiniteLoss, evaluate, fit, images_at_once, make_accelerator, settings
 from semiseg_nb.models import UNet
 from semiseg_nb.supervised import Supervised
@@ -247,38 +249,22 @@ def test_schedule_reaches_the_optimiser(task):
     assert run.history[-1]["lr"] == pytest.approx(0.005) and method.optimisers["net"].param_groups[0]["lr"] == 0.01
 
 
-PROCESSES = """
-import sys
-import torch
-from torch import nn
-from semiseg_nb.augment import flip_crop
-from semiseg_nb.catalogue import load_task
-from semiseg_nb.core import seed_everything
-from semiseg_nb.engine import fit, make_accelerator
-from semiseg_nb.uda import UDA
-
-torch.set_num_threads(1)
-task = load_task("scenes", n_labelled=6, size=32)
-accelerator = make_accelerator()
-seed_everything(accelerator.process_index if sys.argv[2] == "different" else 0)
-net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, task.n_classes, 1))
-method = UDA(net, task, threshold=0.3, warmup=0.0)
-whole = flip_crop(scale=(1, 1), shift=0, fill=task.mean)      # no padding: every process has as many valid pixels as the other
-method.policies, method.weak = [whole], whole
-fit(method, task, 10, batch_size=4, progress=False, eval_on=False, workers=0, accelerator=accelerator)
-if accelerator.is_main_process: torch.save(method.state_dict(), sys.argv[1])
-"""
+def train_jointly(path):
+    task = load_task("scenes", n_labelled=6, size=32)
+    accelerator = make_accelerator("cpu")
+    seed_everything(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, task.n_classes, 1))
+    method = UDA(net, task, threshold=0.3, warmup=0.0)
+    whole = flip_crop(scale=(1, 1), shift=0, fill=task.mean)      # no padding: every process has as many valid pixels as the other
+    method.policies, method.weak = [whole], whole
+    fit(method, task, 10, batch_size=4, progress=False, eval_on=False, workers=0, accelerator=accelerator)
+    if accelerator.is_main_process: torch.save(method.state_dict(), path)
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_process_on_the_joint_batch(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(PROCESSES)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    def start(*command): subprocess.run([*command], check=True, env=env, capture_output=True, text=True, timeout=300)
-    start(sys.executable, str(script), str(tmp_path / "one.pt"), "equal")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    start(*torchrun, str(script), str(tmp_path / "two.pt"), "equal")
+    train_jointly(tmp_path / "one.pt")
+    run_pair(train_jointly, tmp_path / "two.pt")
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "two"))
     moved = 0.0
     for name in one:
@@ -515,32 +501,18 @@ def test_evaluation_takes_as_many_images_as_fit_into_memory():
     assert images_at_once((64, 64), 6) == 32 and images_at_once((512, 1024), 19) == 3 and images_at_once((4096, 4096), 200) == 1
 
 
-SMALL_VAL = """
-import sys
-from pathlib import Path
-from semiseg_nb.catalogue import load_task
-from semiseg_nb.core import seed_everything
-from semiseg_nb.data import Labelled
-from semiseg_nb.engine import evaluate, fit, make_accelerator
-from semiseg_nb.models import UNet
-from semiseg_nb.supervised import Supervised
-task = load_task("scenes", n_labelled=4, size=32)
-few = Labelled(task.val.ids[:3], task.val.images[:3], task.val.masks[:3], task.n_classes)
-accelerator = make_accelerator("cpu")
-seed_everything(0)
-method = Supervised(UNet(task.n_classes, width=4), task)
-(Path(sys.argv[1]) / f"{accelerator.num_processes}-{accelerator.process_index}").write_text(str(evaluate(method, few, accelerator=accelerator)["miou"]))
-"""
+def score_three(folder):
+    task = load_task("scenes", n_labelled=4, size=32)
+    few = Labelled(task.val.ids[:3], task.val.images[:3], task.val.masks[:3], task.n_classes)
+    accelerator = make_accelerator("cpu")
+    seed_everything(0)
+    method = Supervised(UNet(task.n_classes, width=4), task)
+    (folder / f"{accelerator.num_processes}-{accelerator.process_index}").write_text(str(evaluate(method, few, accelerator=accelerator)["miou"]))
 
 
 @pytest.mark.slow
 def test_a_process_without_a_validation_batch_joins(tmp_path):
-    script = tmp_path / "small.py"
-    script.write_text(SMALL_VAL)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    for start in ([sys.executable], torchrun):
-        done = subprocess.run([*start, str(script), str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
-        assert not done.returncode, done.stderr[-2000:]
+    score_three(tmp_path)
+    run_pair(score_three, tmp_path)
     scores = {name: (tmp_path / name).read_text() for name in ("1-0", "2-0", "2-1")}
     assert len(set(scores.values())) == 1, scores

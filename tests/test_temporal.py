@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from pairs import run_pair
 from torch import nn
 
 from semiseg_nb.augment import flip_crop, identity_policy
@@ -15,7 +16,7 @@ from semiseg_nb.bank import distribution
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import EMA, UserError, seed_everything
-from semiseg_nb.engine import fit, settings
+from semiseg_nb.engine import fit, make_accelerator, settings
 from semiseg_nb.losses import consistency, cross_entropy
 from semiseg_nb.models import UNet
 from semiseg_nb.supervised import Supervised, view
@@ -403,40 +404,23 @@ def test_random_crops_are_refused(task):
     with pytest.raises(UserError, match="Temporal Ensembling remembers whole images, but this task cuts random crops"): TemporalEnsembling(net(task), cropped)
 
 
-PROCESSES = """
-import sys
-import torch
-from torch import nn
-from semiseg_nb.augment import flip_crop
-from semiseg_nb.core import seed_everything
-from semiseg_nb.catalogue import load_task
-from semiseg_nb.engine import fit, make_accelerator
-from semiseg_nb.temporal import TemporalEnsembling
-
-torch.set_num_threads(1)
-task = load_task("scenes", n_labelled=6, size=32)
-task.unlabelled = type(task.unlabelled)(task.unlabelled.ids[:16], task.unlabelled.images[:16])
-accelerator = make_accelerator()
-seed_everything(0)
-net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, task.n_classes, 1))
-method = TemporalEnsembling(net, task, warmup=0.0, mix=0.0, threshold=0.0, storage={"dtype": "float32"})
-whole = flip_crop(scale=(1, 1), shift=0, fill=task.mean)      # no padding: every process has as many valid pixels as the other
-method.policies, method.weak = [whole], whole
-fit(method, task, 10, batch_size=4, progress=False, eval_on=False, workers=0, accelerator=accelerator)
-state = method.state_dict() | {"bank": method.bank.accumulated(torch.arange(16))[0]}
-torch.save(state, sys.argv[1] + str(accelerator.process_index))
-"""
+def train_jointly(path):
+    task = load_task("scenes", n_labelled=6, size=32)
+    task.unlabelled = type(task.unlabelled)(task.unlabelled.ids[:16], task.unlabelled.images[:16])
+    accelerator = make_accelerator("cpu")
+    seed_everything(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, task.n_classes, 1))
+    method = TemporalEnsembling(net, task, warmup=0.0, mix=0.0, threshold=0.0, storage={"dtype": "float32"})
+    whole = flip_crop(scale=(1, 1), shift=0, fill=task.mean)      # no padding: every process has as many valid pixels as the other
+    method.policies, method.weak = [whole], whole
+    fit(method, task, 10, batch_size=4, progress=False, eval_on=False, workers=0, accelerator=accelerator)
+    torch.save(method.state_dict() | {"bank": method.bank.accumulated(torch.arange(16))[0]}, f"{path}{accelerator.process_index}")
 
 
 @pytest.mark.slow
 def test_two_processes_share_one_bank(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(PROCESSES)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    def start(*command): subprocess.run([*command], check=True, env=env, capture_output=True, text=True, timeout=300)
-    start(sys.executable, str(script), str(tmp_path / "one"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    start(*torchrun, str(script), str(tmp_path / "two"))
+    train_jointly(tmp_path / "one")
+    run_pair(train_jointly, tmp_path / "two")
     one, first, second = (torch.load(tmp_path / n, weights_only=True) for n in ("one0", "two0", "two1"))
     assert torch.equal(first["bank"], second["bank"]) and first["bank"].sum() > 0
     for name in one:
