@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'TEN', 'f_noise', 'dropout', 'f_drop', 'object_classes', 'objects_of', 'shrunk', 'con_msk', 'obj_msk',
            'object_boxes', 'sub_boxes', 'g_cutout', 'i_vat', 'vat_direction', 'unit', 'parse_kinds', 'Strengths',
-           'ObjectGuide', 'perturb', 'LightDecoder', 'make_decoders', 'loss_of', 'Given', 'Sum', 'streams', 'CCT',
-           'CCTWeak', 'cct_weak']
+           'ObjectGuide', 'perturb', 'LightDecoder', 'make_decoders', 'loss_of', 'Given', 'Sum', 'streams', 'CCT']
 
 # %% ../nbs/13_cct.ipynb #imports
 from collections import defaultdict
@@ -19,15 +18,12 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
-from .adversarial import gate
 from .clock import Clock
-from .core import Count, Fraction, NonNegative, UserError, Whole, checked, one_of
+from .core import Fraction, NonNegative, UserError, checked, one_of
 from .data import Task
-from .engine import Stage, recipe
 from .losses import consistency, cross_entropy, divergence
 from .models import Segmenter, Upsampler
 from .supervised import Supervised, view
-from .tags import PartOfMap, Tagger, all_pseudo_masks, possible
 
 # %% ../nbs/13_cct.ipynb #f-noise
 def f_noise(
@@ -41,12 +37,12 @@ def f_noise(
 def dropout(
     e: Tensor,
     u: Tensor,  # (B,d,1,1), drawn uniformly from [0, 1)
-    p: float = 0.5,  # part of the channels that is lost
+    p: float = 0.5,  # fraction of the channels that is lost
 ) -> Tensor:
     "DropOut: whole channels are zeroed, the others grow, so that the mean stays"
     return e * (u >= p) / (1 - p)
 
-# %% ../nbs/13_cct.ipynb #f-drop
+
 def f_drop(
     e: Tensor,  # (B,d,h,w) features, at least 0
     gamma: Tensor,  # (B,1,1,1), drawn uniformly from [0.7, 0.9]
@@ -71,7 +67,7 @@ def objects_of(
     logits: Tensor,  # (B,C,H,W) of the main decoder
     foreground: Tensor,  # (C) bool: which classes are objects
 ) -> Tensor:  # (B,H,W) bool
-    "Where the main decoder sees an object"
+    "Where the main decoder says that there is an object"
     return foreground[logits.argmax(1)]
 
 
@@ -101,9 +97,9 @@ def obj_msk(
 # %% ../nbs/13_cct.ipynb #g-cutout
 def object_boxes(
     objects: Tensor,  # (B,H,W) bool, on any device
-    smallest: float = 0.005,  # part of the image that a box must cover to count
+    smallest: float = 0.005,  # fraction of the image that a box must cover to count
 ) -> np.ndarray:  # (n,5) int: image, top, bottom, left, right (exclusive)
-    "Bounding boxes of the connected components: the one piece of work that is done on the CPU"
+    "Bounding boxes of the connected regions, the one piece of work that is done on the CPU"
     rows = []
     for i, mask in enumerate(objects.cpu().numpy()):
         for down, across in ndimage.find_objects(ndimage.label(mask)[0]):
@@ -124,7 +120,7 @@ def sub_boxes(
     ends = start + cut
     return np.stack([boxes[:, 0], start[:, 0], ends[:, 0], start[:, 1], ends[:, 1]], 1)
 
-# %% ../nbs/13_cct.ipynb #g-cutout-apply
+
 def g_cutout(
     e: Tensor,  # (B,d,h,w)
     boxes: np.ndarray,  # (n,5) in pixels of the image, see `sub_boxes`
@@ -149,7 +145,7 @@ def i_vat(
     xi: float = 0.1,  # length of the probe, in standard deviations of e
     eps: float = 2.0,  # length of the disturbance
 ) -> Tensor:
-    "I-VAT: one step towards where this decoder's answer changes most, found by one gradient"
+    "I-VAT: a step along which this decoder's answer changes most, found by one gradient"
     return e + vat_direction(e, decode, start, xi, eps).to(e.dtype)
 
 
@@ -162,11 +158,11 @@ def vat_direction(
 ) -> Tensor:  # (B,d,h,w) of length eps for each image, without a graph
     "The disturbance of I-VAT"
     with torch.enable_grad(), torch.autocast(e.device.type, enabled=False):
-        e, d = e.detach().float(), unit(start.float()).requires_grad_()
+        e, v = e.detach().float(), unit(start.float()).requires_grad_()
         with torch.no_grad(): p = decode(e).softmax(1)
         probe = xi * e.std((1, 2, 3), keepdim=True).clamp(min=1e-6)
-        change = divergence(decode(e + probe * d), p).sum()
-        return eps * unit(torch.autograd.grad(change, d)[0])
+        change = divergence(decode(e + probe * v), p).sum()
+        return eps * unit(torch.autograd.grad(change, v)[0])
 
 
 def unit(v: Tensor) -> Tensor:
@@ -194,20 +190,20 @@ def parse_kinds(
         kinds += [name] * int(count or 1)
     return kinds
 
-# %% ../nbs/13_cct.ipynb #strengths
+
 class Strengths(NamedTuple):
     "How far the perturbations go; the defaults are those of the authors' configuration, except xi"
     noise: float = 0.3  # F-Noise: largest relative change
     drop_low: float = 0.7  # F-Drop: gamma is drawn from here ...
     drop_high: float = 0.9  # ... to here
-    channels: float = 0.5  # DropOut: part of the channels lost
-    erase: float = 0.4  # G-Cutout: part of each side of an object's box
+    channels: float = 0.5  # DropOut: fraction of the channels that is lost
+    erase: float = 0.4  # G-Cutout: fraction of each side of an object's box
     xi: float = 0.1  # I-VAT: length of the probe (the authors use 1e-6)
     eps: float = 2.0  # I-VAT: length of the disturbance
 
 # %% ../nbs/13_cct.ipynb #guide
 class ObjectGuide:
-    "What the guided perturbations know of the main decoder's answer"
+    "What the guided perturbations know: where the main decoder says that there are objects"
 
     def __init__(
         self,
@@ -229,7 +225,7 @@ class ObjectGuide:
             self._boxes = object_boxes(self._host)
         return self._boxes
 
-# %% ../nbs/13_cct.ipynb #perturb
+
 def perturb(
     kind: str,  # one of `KINDS`
     e: Tensor,  # (B,d,h,w)
@@ -263,7 +259,7 @@ class LightDecoder(Upsampler):
     ) -> Tensor:  # logits (B,C,H,W)
         return super().forward(e)[..., :size[0], :size[1]]  # an odd size was rounded up
 
-# %% ../nbs/13_cct.ipynb #make-decoders
+
 @torch.no_grad()
 def make_decoders(
     net: Segmenter,  # asked for the channels and the stride of its coarsest map
@@ -321,10 +317,10 @@ class Sum:
         if self.saver:
             own = list(decoder.parameters())
             shared = [] if self.grad_e is None else [self.e]
-            found = torch.autograd.grad(loss, shared + own, allow_unused=True)
-            if shared and found[0] is not None: self.grad_e += found[0]
+            grads = torch.autograd.grad(loss, shared + own, allow_unused=True)
+            if shared and grads[0] is not None: self.grad_e += grads[0]
             self.weights += own
-            self.grads += found[len(shared):]
+            self.grads += grads[len(shared):]
             loss = loss.detach()
         self.value = self.value + loss
 
@@ -359,7 +355,7 @@ class CCT(Supervised):
         task: Task,
         *,
         weight: NonNegative = 1.43,  # w_u, per pixel: the published 30 is a mean over 21 classes
-        ramp_up: Fraction = 0.1,  # part of training in which the weight rises
+        ramp_up: Fraction = 0.1,  # fraction of training in which the weight rises
         kinds: str = TEN,  # perturbations and how many decoders each has
         strengths: dict | None = None,  # of the perturbations, where they differ from `Strengths`
         foreground: list | None = None,  # class ids that are objects; None: all but class 0
@@ -409,7 +405,8 @@ class CCT(Supervised):
                 logged[kind].append(loss_u.detach())
                 if y_w is not None: logged["weak"].append(loss_w.detach())
             means = {kind: torch.stack(values).mean() for kind, values in logged.items()}
-            yield "net", {"supervised": self.supervised_loss(z, y), "consistency": total.total()}, means
+            losses = {"supervised": self.supervised_loss(z, y), "consistency": total.total()}
+            yield "net", losses, means
         self.ema.update(self.net)
 
     def student(self, x_w: Tensor, valid: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
@@ -435,73 +432,3 @@ class CCT(Supervised):
     def labels(self, unl: dict, clock: Clock) -> Tensor | None:
         "Further labels (B,H,W) of the weak views for the auxiliary decoders: none"
         return None
-
-# %% ../nbs/13_cct.ipynb #weak-method
-class CCTWeak(CCT):
-    "CCT whose auxiliary decoders also learn from pseudo-masks"
-    name, title, paper = "cct_weak", "CCT with image-level tags", "arXiv 2003.09005"  # the recipe's
-    alone = False  # trained by the recipe
-    baseline: ClassVar[dict] = {"weight": 0.0, "weak_weight": 0.0}
-
-    @checked
-    def __init__(
-        self,
-        net: Segmenter,
-        task: Task,
-        *,
-        pseudo: Tensor | None = None,  # (N,H,W) uint8 masks of all unlabelled images, 255 unknown
-        weak_weight: NonNegative = 0.4,  # w_w, of these masks
-        rule_out: bool = False,  # True: classes without a tag are struck from the target (ours)
-        **cct,  # of `CCT`
-    ):
-        super().__init__(net, task, **cct)
-        self.weak_weight = weak_weight
-        self.rule_out = rule_out
-        self.register_buffer("pseudo", pseudo, persistent=False)
-        if rule_out and task.unlabelled.tags is None:
-            raise UserError("rule_out needs tags, but the unlabelled images have none: "
-                            "load the task with weak_tags=True.")
-        if pseudo is not None and len(pseudo) != len(task.unlabelled):
-            raise UserError(f"pseudo holds {len(pseudo)} masks for {len(task.unlabelled)} "
-                            "unlabelled images: make them of this task.")
-
-    def labels(self, unl: dict, clock: Clock) -> Tensor | None:
-        "The pseudo-masks in the frame of the weak view, (B,H,W)"
-        if self.pseudo is None or self.weak_weight == 0: return None
-        drawn = clock.draw(self.weak, "weak", unl["image"])  # the draw of `weak_view`
-        return self.weak.apply_label(self.pseudo[unl["index"]].long(), drawn)
-
-    def target(self, maps: list, x_w: Tensor, unl: dict, clock: Clock) -> Tensor:
-        "The main decoder's logits (B,C,H,W), among the classes that the image may show"
-        z_m = super().target(maps, x_w, unl, clock)
-        return gate(z_m, possible(unl["tags"])) if self.rule_out else z_m
-
-# %% ../nbs/13_cct.ipynb #weak-recipe
-@recipe("cct_weak", "CCT with image-level tags", "arXiv 2003.09005")
-@checked
-def cct_weak(
-    net: Segmenter,
-    task: Task,  # loaded with tags
-    steps: Count,  # of CCT
-    *,
-    tag_steps: Whole = 300,  # of the classifier; 0: no pseudo-masks, for `rule_out` alone
-    tag_batch: Count = 16,  # images with masks, and as many with tags, per step of the classifier
-    pool: PartOfMap = 0.25,  # see `CAMNet`
-    high: Fraction = 0.4,  # see `pseudo_masks`
-    low: Fraction = 0.1,
-    rule_out: bool = False,  # True: classes that are not tagged are struck from the target (ours)
-    cct: dict | None = None,  # further settings of `CCTWeak`
-):
-    "Train a classifier on the tags, make masks of its maps, train CCT with them"
-    pseudo = None
-    if tag_steps:
-        if task.unlabelled.crop:
-            raise UserError("Pseudo-masks are made of whole images: use crop=None, "
-                            "or load images of the training size.")
-        tagger = yield Stage("tags", Tagger(task, pool=pool), tag_steps, batch_size=tag_batch)
-        pseudo = all_pseudo_masks(tagger.net, task.unlabelled, high, low)
-    elif not rule_out:
-        raise UserError("With tag_steps=0 the tags are used for nothing: "
-                        "add rule_out=True, or train cct.")
-    method = CCTWeak(net, task, pseudo=pseudo, rule_out=rule_out, **(cct or {}))
-    return (yield Stage("cct", method, steps, scored=True))

@@ -31,7 +31,7 @@ from semiseg_nb.adversarial import (
     verdicts,
 )
 from .augment import paste
-from .cct import CCT, cct_weak
+from .cct import CCT
 from .checkpoint import MARK, read_bytes, read_state
 from .clock import Clock
 from .core import IGNORE, Count, Fraction, NonNegative, Positive, UserError, checked
@@ -40,7 +40,7 @@ from .engine import Stage, recipe
 from .losses import cross_entropy, one_hot
 from .models import Segmenter, freeze_batch_norms
 from .supervised import Supervised, jointly, view
-from .tags import possible
+from .tags import cct_weak, possible
 from .temporal import TemporalEnsembling
 
 # %% ../nbs/21_continuation.ipynb #read-start

@@ -1,6 +1,9 @@
-"CCT: the seven perturbations, who gets which gradient, the memory-saving loop, and its stages with tags"
+"CCT: the seven perturbations, who gets which gradient, the memory-saving loop"
 import copy
+import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +14,9 @@ from semiseg_nb.augment import paste
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import (
     CCT,
-    CCTWeak,
     ObjectGuide,
     Strengths,
     Sum,
-    cct_weak,
     con_msk,
     dropout,
     f_drop,
@@ -64,18 +65,6 @@ def step_of(method, task, step=50):
 
 
 def losses_of(method, task, step=50): return step_of(method, task, step)[0]
-
-
-def drive(stages, task, seed=0, batch_size=4, **more):
-    "Run a recipe: fit every stage, seeded anew; what it returns, and the stages"
-    done, made = None, []
-    while True:
-        seed_everything(seed)
-        try: stage = stages.send(done)
-        except StopIteration as end: return end.value, made
-        fit(stage.method, task, stage.steps, stage.batch_size or batch_size, seed=seed, eval_on=False, progress=False, **more)
-        made.append(stage)
-        done = stage.method
 
 
 class StrongView(CCT):
@@ -260,17 +249,6 @@ def test_the_weights_follow_the_sigmoid_ramp(task):
     assert [ratio[s] for s in (5, 10, 100)] == pytest.approx([30 * math.exp(-5 / 4), 30, 30], rel=1e-4)
 
 
-def test_the_weak_loss_has_its_own_weight_and_trains_no_main_decoder(task):
-    pseudo = torch.randint(0, 5, (24, 32, 32), generator=rng()).to(torch.uint8)
-    cct = CCTWeak(net(task), task, weight=0.0, kinds="con_msk,dropout", pseudo=pseudo, weak_weight=0.4)
-    losses, means = step_of(cct, task, 100)
-    loss = losses["consistency"]
-    assert loss.item() == pytest.approx(0.4 * means["weak"].item(), rel=1e-4)
-    assert zero(grads(loss, list(cct.net.head.parameters()))) and not zero(grads(loss, list(cct.decoders[0].parameters())))
-    cct.pseudo.fill_(255)
-    assert losses_of(cct, task, 100)["consistency"] == 0                   # nothing known: 0, not nan
-
-
 def test_one_decoder_has_a_distance_and_a_cross_entropy():
     decoder, e = nn.Conv2d(3, 5, 1), torch.rand(2, 3, 8, 8)
     class Decoder(nn.Module):
@@ -371,37 +349,6 @@ def test_light_decoders_fit_any_network_and_any_size(model, kw):
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
-# tags
-def test_absent_classes_are_struck_from_the_target(task):
-    cct = CCTWeak(net(task), task, kinds=ALL, rule_out=True)
-    losses, means = step_of(cct, task)
-    sum(losses.values()).backward()
-    assert all(torch.isfinite(v) for v in losses.values()) and all(torch.isfinite(p.grad).all() for p in cct.net.parameters())
-    assert "weak" not in means and losses_of(CCTWeak(net(task), task, kinds=ALL), task)["consistency"] != losses["consistency"]
-    lab, unl = batch(task)
-    unl["tags"][0] = 0                                                     # nobody has tagged the first image
-    with torch.no_grad(): z_m = cct.target(cct.net.encode(unl["image"]), unl["image"], unl, Clock(0, 1))
-    absent = (unl["tags"] == 0)[:, :, None, None] & unl["tags"].any(1).view(-1, 1, 1, 1)
-    assert torch.equal(z_m == -math.inf, absent.expand_as(z_m))
-
-
-def test_cct_with_tags_has_two_stages_and_keeps_its_masks_in_the_frame_of_the_view(task):
-    seed_everything(0)
-    method, stages = drive(cct_weak(net(task), task, 2, tag_steps=2, tag_batch=4, cct={"kinds": "dropout,con_msk"}), task)
-    assert [(s.name, s.steps, s.scored) for s in stages] == [("tags", 2, False), ("cct", 2, True)] and stages[0].batch_size == 4
-    assert method.pseudo.shape == (24, 32, 32) and not any("pseudo" in k or "tagger" in k for k in method.state_dict())
-    assert torch.isfinite(step_of(method, task)[1]["weak"])
-    lab, unl = batch(task)
-    clock = Clock(5, 10)
-    drawn = clock.draw(method.weak, "weak", unl["image"])
-    assert torch.equal(method.labels(unl, clock), method.weak.apply_label(method.pseudo[unl["index"]].long(), drawn))
-
-
-def test_without_a_classifier_there_is_one_stage_and_no_mask(task):
-    method, stages = drive(cct_weak(net(task), task, 1, tag_steps=0, rule_out=True, cct={"kinds": "dropout"}), task)
-    assert [s.name for s in stages] == ["cct"] and method.pseudo is None
-
-
 def test_the_settings_are_attributes(task):
     chosen = dict(weight=2.0, kinds="f_drop:2", strengths={"noise": 0.1}, foreground=[1], saver=True, lr=1e-3)
     assert chosen.items() <= settings(CCT(net(task), task, **chosen)).items()
@@ -413,12 +360,17 @@ def test_the_settings_are_attributes(task):
     (lambda task: parse_kinds("f_noise:0"), "f_noise:0"), (lambda task: CCT(net(task), task, kind="kl"), "setting of CCT 'kind' is not known"),
     (lambda task: CCT(net(task), task, weight=-1.0), "weight"), (lambda task: CCT(net(task), task, weight=math.nan), "weight"),
     (lambda task: CCT(net(task), task, foreground=[7]), "foreground"), (lambda task: CCT(net(task), task, ramp_up=80), "ramp_up is 80"),
-    (lambda task: CCT(net(task), task, strengths={"nois": 1}), "did you mean 'noise'"),
-    (lambda task: next(cct_weak(net(task), load_task("scenes", n_labelled=6, size=32), 3)), "weak_tags=True"),
-    (lambda task: next(cct_weak(net(task), task, 3, tag_steps=0)), "rule_out=True"),
-    (lambda task: cct_weak(net(task), task, 0), "steps is 0"), (lambda task: cct_weak(net(task), task, 3, high=40), "high is 40"),
-    (lambda task: CCTWeak(net(task), task, pseudo=torch.zeros(3, 32, 32)), "3 masks for 24 unlabelled images"),
-    (lambda task: CCTWeak(net(task), load_task("scenes", n_labelled=6, size=32), rule_out=True), "weak_tags=True"),
-    (lambda task: next(cct_weak(net(task), load_task("scenes", n_labelled=6, crop=32, weak_tags=True), 3)), "crop=None")])
+    (lambda task: CCT(net(task), task, strengths={"nois": 1}), "did you mean 'noise'")])
 def test_a_mistake_is_answered_in_one_sentence(task, make, words):
     with pytest.raises(UserError, match=words): make(task)
+
+
+# the lesson
+def test_the_solutions_of_the_exercises():
+    lesson = json.loads((Path(__file__).resolve().parents[1] / "nbs/13_cct.ipynb").read_text(encoding="utf-8"))
+    cells = {c["id"]: "".join(c["source"]) for c in lesson["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = {"torch": torch, "nn": nn, "f_drop": f_drop}
+    exec(code, names)
+    empty = [cells[f"exercise-{i}"].removeprefix("# ").strip() for i in (1, 2, 3)]
+    assert set(empty) == {"per_pixel", "keep_active", "does_nothing"} <= set(names) and code.count("assert") == 3

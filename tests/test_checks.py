@@ -8,7 +8,7 @@ import torch
 
 import semiseg_nb
 from semiseg_nb.catalogue import load_across, load_task
-from semiseg_nb.cct import CCT, CCTWeak
+from semiseg_nb.cct import CCT
 from semiseg_nb.checks import CHECKS, Bench, check_method, check_processes
 from semiseg_nb.core import defaults_of
 from semiseg_nb.cyclegan import CycleGAN, PairSegmenter
@@ -20,7 +20,7 @@ from semiseg_nb.phases import Pairs, Phase2, Phase3, Renderer, StyleEncoder, pat
 from semiseg_nb.semanticgan import SemanticGAN
 from semiseg_nb.stylegan2 import StyleGAN2
 from semiseg_nb.supervised import Supervised
-from semiseg_nb.tags import Tagger
+from semiseg_nb.tags import CCTWeak, Tagger
 from semiseg_nb.uda import UDA
 
 SMALL = dict(n_labelled=6, size=32, n_unlabelled=12)

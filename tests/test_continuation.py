@@ -8,7 +8,7 @@ import torch
 from semiseg_nb import experiment
 from semiseg_nb.adversarial import answer, hide, upper_part
 from semiseg_nb.catalogue import load_task
-from semiseg_nb.cct import CCT, cct_weak
+from semiseg_nb.cct import CCT
 from semiseg_nb.clock import Clock
 from semiseg_nb.continuation import (
     Continuation,
@@ -30,6 +30,7 @@ from semiseg_nb.losses import cross_entropy
 from semiseg_nb.models import batch_norms, build_model
 from semiseg_nb.records import make_record, settings_of
 from semiseg_nb.supervised import Supervised
+from semiseg_nb.tags import cct_weak
 from semiseg_nb.temporal import TemporalEnsembling
 
 FAMILY = [Continuation, SemiContinuation, WeakContinuation]

@@ -19,7 +19,7 @@ from semiseg_nb.adversarial import answer, hide, upper_part
 from semiseg_nb.advsemiseg import AdvSemiSeg
 from semiseg_nb.augment import paste
 from semiseg_nb.catalogue import load_across, load_task
-from semiseg_nb.cct import CCT, CCTWeak, make_decoders
+from semiseg_nb.cct import CCT, make_decoders
 from semiseg_nb.continuation import Continuation, SemiContinuation, WeakContinuation
 from semiseg_nb.core import IGNORE, seed_everything
 from semiseg_nb.cyclegan import CycleGAN
@@ -33,7 +33,7 @@ from semiseg_nb.s4gan import S4GAN
 from semiseg_nb.semanticgan import SemanticGAN
 from semiseg_nb.stylegan2 import StyleGAN2
 from semiseg_nb.supervised import Supervised
-from semiseg_nb.tags import Tagger, all_pseudo_masks
+from semiseg_nb.tags import CCTWeak, Tagger, all_pseudo_masks
 from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling
 from semiseg_nb.uda import UDA, SelfUDA
 from semiseg_nb.unimatch import CPS, ClassMix, CutMixSeg, FixMatch, UniMatch, UniMatchV2

@@ -26,8 +26,8 @@ FLOORS = {
     0: ["core"],
     1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "rasters", "viz"],
     2: ["folders", "formats", "mask_files", "annotations", "doctor", "catalogue", "clock", "checkpoint", "engine", "records"],
-    3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
-    5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
+    3: ["supervised", "adversarial", "ganaugment", "bank"],  # the baseline, and pieces that several methods share
+    5: ["tags", "continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
     7: ["checks", "verdict", "predict", "export"],  # what people do with the results
     8: ["command"],  # all of it from a terminal
@@ -40,6 +40,7 @@ NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("mask_files", "formats"), ("annotations", "formats"), ("annotations", "mask_files"),  # tools, then pictures, then the import of both
     ("records", "engine"),  # a record is made from a run
     ("export", "predict"),  # what is exported is a predictor
+    ("continuation", "tags"),  # it goes on from CCT with tags, and uses the tags itself
     ("inversion", "semanticgan"),  # the second stage goes on from the first
     ("engine", "clock"), ("engine", "checkpoint"), ("records", "checkpoint"),  # the loop hands every step its clock, and saves
 }
