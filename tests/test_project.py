@@ -29,7 +29,7 @@ FLOORS = {
     3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
     5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
-    7: ["checks", "verdict", "predict", "export"],  # what people do with the results
+    7: ["checks", "runs", "budget", "verdict", "predict", "export"],  # what people do with the results
     8: ["command"],  # all of it from a terminal
 }
 FLOOR = dict.fromkeys(MODULES, 4) | {name: floor for floor, names in FLOORS.items() for name in names}  # any other module is a method
@@ -39,6 +39,8 @@ NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("formats", "folders"), ("mask_files", "folders"), ("annotations", "folders"),  # importers write the layout that `folders` reads
     ("mask_files", "formats"), ("annotations", "formats"), ("annotations", "mask_files"),  # tools, then pictures, then the import of both
     ("records", "engine"),  # a record is made from a run
+    ("budget", "runs"), ("verdict", "runs"),  # they look for finished runs in a folder
+    ("verdict", "budget"),  # its sentence ends with what more masks would bring
     ("export", "predict"),  # what is exported is a predictor
     ("inversion", "semanticgan"),  # the second stage goes on from the first
     ("engine", "clock"), ("engine", "checkpoint"), ("records", "checkpoint"),  # the loop hands every step its clock, and saves
