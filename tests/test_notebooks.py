@@ -119,13 +119,13 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, folde
 
 
 @pytest.mark.slow
-def test_a_copy_runs_from_anywhere_and_takes_a_size_as_text(tmp_path):
+def test_a_copy_runs_from_anywhere_and_takes_a_size_as_text(tmp_path, folders):
     "As `papermill copy/95_your_method.ipynb out.ipynb -p size \"[24, 32]\"` does from any folder, one with a folder results/ of its own"
     path = tmp_path / "copy/95_your_method.ipynb"
     path.parent.mkdir()
     path.write_bytes((ROOT / "nbs/95_your_method.ipynb").read_bytes())
     (tmp_path / "elsewhere/results").mkdir(parents=True)
-    execute(path, tmp_path / "elsewhere", **smoke_parameters(path, tmp_path) | {"size": "[24, 32]", "out_dir": "runs"})
+    execute(path, tmp_path / "elsewhere", **smoke_parameters(path, tmp_path, folders[0]) | {"size": "[24, 32]", "out_dir": "runs"})
     records = [json.loads(p.read_text()) for p in (tmp_path / "elsewhere/runs").glob("*/*.json")]
     assert {tuple(r["dataset"]["size"]) for r in records if "schema" in r} == {(24, 32)}
 
