@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['RUN_ONLY', 'arguments_of', 'sort_names', 'nested', 'read_parameters', 'comments_of', 'meanings', 'describe_method',
            'train', 'name_values', 'import_', 'examine', 'judge', 'predict', 'export', 'images_of', 'score', 'row_text',
-           'report', 'show_methods', 'lessons_home', 'lesson_files', 'lessons', 'parser', 'one_by_one', 'parse', 'main']
+           'report', 'show_methods', 'lesson_files', 'lessons', 'parser', 'one_by_one', 'parse', 'main']
 
 # %% ../nbs/62_command.ipynb #imports
 import inspect
 import json
 import shutil
 import sys
-import sysconfig
 import tokenize
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from .experiment import Result, find_method, methods, own_settings, run
 from .export import export_onnx, export_pt2
 from .leaderboard import Row, compare, describe, title_of
 from .predict import predict_files
-from .records import read_records
+from .records import lessons_home, read_records
 from .runs import read_run, rebuild, tasks_of
 from .verdict import verdict
 from .viz import save_figure
@@ -274,16 +273,6 @@ def show_methods(words: Namespace) -> None:
         print(describe_method(find_method(words.method)))
         return
     for name, what in methods().items(): print(f"{name:18} {what.title:34} {what.paper}")
-
-
-def lessons_home() -> Path:
-    "Where the lessons lie: in a checkout, or where the wheel has put them"
-    checkout = Path(__file__).parents[1]
-    installed = Path(sysconfig.get_path("data")) / "share/semiseg_nb"
-    for home in (checkout, installed):
-        if (home / "nbs/00_core.ipynb").exists(): return home
-    raise UserError("The lessons are not installed: "
-                    "install semiseg_nb from its wheel or from a checkout.")
 
 
 def lesson_files(home: Path) -> Iterator[Path]:

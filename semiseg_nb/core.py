@@ -7,7 +7,7 @@ __all__ = ['IGNORE', 'Fraction', 'NonNegative', 'Positive', 'Count', 'Whole', 'K
            'one_of', 'in_range', 'Range', 'range_text', 'as_number', 'as_annotated', 'checked', 'seed_everything',
            'generator', 'forever', 'ramp', 'poly', 'keep_eval', 'stays_in_eval', 'frozen', 'EMA', 'Output',
            'temporary_name', 'atomic_write', 'check_writable', 'clear_temporaries', 'read_json', 'same_kind',
-           'check_parameters', 'notebook_parameters', 'named_values', 'defaults_of']
+           'as_literal', 'check_parameters', 'notebook_parameters', 'named_values', 'defaults_of']
 
 # %% ../nbs/00_core.ipynb #imports
 import ast
@@ -415,6 +415,14 @@ def same_kind(value: object, default: object) -> bool:
     return isinstance(value, (int, float) if isinstance(default, float) else type(default))
 
 
+def as_literal(value: object, default: object) -> object:
+    "A list or dictionary that papermill handed over as text, `-p size \"[96, 128]\"`; else the value"
+    if not isinstance(value, str) or isinstance(default, str) or value[:1] not in ("[", "{"):
+        return value
+    try: return ast.literal_eval(value)
+    except (ValueError, SyntaxError): return value
+
+
 def check_parameters(
     declared: str,  # source of the parameters cell
     injected: str,  # source of the cell that papermill injected, or ""
@@ -425,16 +433,17 @@ def check_parameters(
     exec(compile(declared, "<parameters>", "exec"), defaults)
     names = _assigned(declared)
     for name in _assigned(injected) if injected else []: one_of(name, names, "parameter")
+    found = {name: as_literal(values[name], defaults[name]) for name in names}
     for name in names:
-        default, value = defaults[name], values[name]
+        default, value = defaults[name], found[name]
         if same_kind(value, default): continue
         raise UserError(f"parameter '{name}' is {value!r}, but it should be of the kind "
                         f"{type(default).__name__}, as in {name} = {default!r}.")
-    return {name: values[name] for name in names}
+    return found
 
 
 def notebook_parameters(
-    namespace: dict,  # pass `globals()`
+    namespace: dict,  # pass `globals()`; gets a list for the text of one
 ) -> dict:  # name -> value, in the order of the parameters cell
     "The notebook's parameters; raises `UserError` when papermill was given a name that is none"
     marks = "# parameters", "# Parameters\n"  # the notebook's own, and papermill's
@@ -443,7 +452,9 @@ def notebook_parameters(
     if not declared:
         raise UserError("Run the parameters cell first: its first line is '# parameters'.")
     after = cells[declared[-1] + 1:]
-    return check_parameters(cells[declared[-1]], after[-1] if after else "", namespace)
+    found = check_parameters(cells[declared[-1]], after[-1] if after else "", namespace)
+    namespace.update(found)
+    return found
 
 # %% ../nbs/00_core.ipynb #named-values
 def named_values(

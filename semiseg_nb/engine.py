@@ -78,6 +78,8 @@ class Method(nn.Module):
         "Images (B,3,H,W) in [0,1] to logits (B,C,H,W)"
         raise TypeError(f"{type(self).__name__} needs a method `predict(x)`.")
 
+    def forward(self, x: Tensor) -> Tensor: return self.predict(x)
+
     def lr_factor(self, clock: Clock) -> float:
         "Factor on every optimiser's first learning rate at this step"
         return poly(clock.fraction)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'TOLERANCE', 'SCRIPT', 'library', 'runner', 'parity', 'on_cpu', 'example', 'card_for', 'check', 'into_place',
-           'export_onnx', 'export_pt2', 'exported_card']
+           'export_onnx', 'export_pt2', 'exported_card', 'Outcome', 'card_of_result', 'some_pictures', 'thinned',
+           'outcome', 'exported', 'outcome_figure']
 
 # %% ../nbs/54_export.ipynb #imports
 import contextlib
@@ -12,17 +13,26 @@ import copy
 import importlib
 import io
 import json
+import math
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.fx import experimental as symbolic
 
-from .checkpoint import plain
-from .core import UserError, atomic_write
-from .predict import Predictor, load_model
+from .checkpoint import plain, read_weights, save_weights
+from .core import UserError, atomic_write, checked
+from .data import Files, Images, Task
+from .experiment import Result, predictor
+from .predict import Predictor, find_jobs, load_model, open_raster, predict_files
+from .viz import show_predictions
 
 # %% ../nbs/54_export.ipynb #parity
 SIZES = ((1, 37, 53), (3, 90, 121), (1, 201, 75), (2, 9, 17), (1, 130, 254))  # (B,H,W)
@@ -209,3 +219,106 @@ def exported_card(path: str | Path) -> dict:
         return json.loads(cards["card.json"])
     session = library("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
     return json.loads(session.get_modelmeta().custom_metadata_map["card"])
+
+# %% ../nbs/54_export.ipynb #outcome
+class Outcome(NamedTuple):
+    "What a run leaves for use; `print` it"
+    record: Path
+    masks: list  # of `Path`, one for each picture, at its own size
+    model: Path  # .onnx or .pt2; or the weights with their card
+    note: str  # how well the model's answers agree, or why it is not exported
+    figure: object  # of matplotlib
+
+    def __str__(self) -> str:
+        masks = self.record.with_suffix("") / "predictions/masks"
+        return (f"record       {self.record}\nmasks        {masks}: {len(self.masks)} pictures, "
+                f"each at its own size\nmodel        {self.model}: {self.note}")
+
+
+def card_of_result(result: Result, task: Task) -> dict:
+    "The card of a run's weights; for a network that was trained elsewhere, what predicting needs"
+    if result.folder: return read_weights(result.folder / "weights.safetensors")[1]
+    rule = "resize" if task.reading.get("size") else "native"
+    return plain({"method": result.record["method"], "title": result.record["title"],
+                  "classes": task.classes, "palette": task.palette, "reading": task.reading,
+                  "size": {"rule": rule, "training": task.size},
+                  "scores": result.record["result"],
+                  "why not": "it was not made by `run`, so its card does not tell its network"})
+
+
+def some_pictures(dataset: Images, n: int, folder: Path) -> list[Path]:
+    "Files of the first pictures of a set; those of a set without files are written as PNG"
+    files = [f for f in (dataset.images, *dataset.files) if isinstance(f, Files)]
+    if files: return [Path(path) for path in files[0].paths[:n]]
+    pictures = dataset.images[:n].permute(0, 2, 3, 1).numpy()
+    paths = [folder / f"{i}.png" for i in range(len(pictures))]
+    for path, picture in zip(paths, pictures):
+        atomic_write(path, lambda f, picture=picture: Image.fromarray(picture).save(f, "PNG"))
+    return paths
+
+
+def thinned(a: np.ndarray, most: int = 256) -> np.ndarray:  # (H,W), or (H,W,3)
+    "A picture reduced for a figure: every k-th pixel"
+    k = math.ceil(max(a.shape[:2]) / most)
+    return a[::k, ::k]
+
+
+@checked
+def outcome(
+    result: Result,  # of `run`
+    task: Task,
+    *,
+    n: int = 2,  # pictures of each of the sets val and unlabelled
+    form: Literal["onnx", "pt2", "weights"] | None = None,  # None: see above
+) -> Outcome:
+    "Predict pictures and export the model beside a run's record; raises `UserError` without one"
+    if not result.path:
+        raise UserError("This run has left no record: give `run` an out_dir.")
+    place = result.path.with_suffix("")
+    if place.exists(): shutil.rmtree(place)  # of the same run made before
+    who = predictor(result.method)
+    device = next(who.parameters()).device
+    model = Predictor(who, card_of_result(result, task), device)
+    sets = {"val": task.val, "unlabelled": task.unlabelled}
+    pictures = [path for name, dataset in sets.items()
+                for path in some_pictures(dataset, n, place / "pictures" / name)]
+    out = place / "predictions"
+    predict_files(model, pictures, out, progress=False)
+    lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    files = {row["name"]: out / row["files"]["masks"] for row in map(json.loads, lines)}
+    jobs = [job for job in find_jobs(pictures, out) if job.name in files]
+    masks = [files[job.name] for job in jobs]
+    figure = outcome_figure(model, [job.path for job in jobs], masks)
+    return Outcome(result.path, masks, *exported(model, result, place, form), figure)
+
+
+def exported(
+    model: Predictor,
+    result: Result,
+    place: Path,  # folder
+    form: str | None,
+) -> tuple[Path, str]:  # the file, and what to say of it
+    "Export a model as far as that is possible"
+    smoke = form is None and result.record["profile"] == "smoke"
+    full = all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+    form = form or ("weights" if smoke else "onnx" if full else "pt2")
+    why = "a run of a few steps is not exported" if smoke else "as asked"
+    if form != "weights":
+        path = place / f"model.{form}"
+        try:
+            found = {"onnx": export_onnx, "pt2": export_pt2}[form](model, path)
+            return path, f"logits agree with PyTorch to {max(found.values()):.1e}"
+        except Exception as e:  # torch.export refuses a network in many ways
+            why = f"this network cannot be exported as {form} ({type(e).__name__})"
+    path = result.folder and result.folder / "weights.safetensors"
+    path = path or save_weights(model.net, place / "weights", model.card)
+    return path, f"weights and their card, {why}"
+
+
+def outcome_figure(model: Predictor, pictures: list, masks: list) -> object:  # of matplotlib
+    "A few pictures beside their masks"
+    images = [open_raster(path, model.reading) for path in pictures]
+    images = [thinned(x.window(0, 0, *x.size).permute(1, 2, 0).numpy()) for x in images]
+    answers = [thinned(np.array(Image.open(path))) for path in masks]
+    return show_predictions([x.transpose(2, 0, 1) for x in images], None, {"mask": answers},
+                            model.palette, model.classes, title="What comes out")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'PROFILES', 'NO_RECORDS', 'IDENTITY', 'NUMBER', 'FIELDS', 'DATASET_FIELDS', 'profile_of', 'settings_of',
            'make_record', 'thin', 'versions', 'commit', 'is_a', 'what_is_wrong', 'identity', 'write_record', 'checksum',
-           'what_has_changed', 'without_nan', 'read_records', 'find', 'table']
+           'what_has_changed', 'without_nan', 'read_records', 'matching', 'lessons_home', 'find', 'table']
 
 # %% ../nbs/08_records.ipynb #imports
 import hashlib
@@ -14,9 +14,11 @@ import json
 import math
 import platform
 import subprocess
+import sysconfig
 from datetime import UTC, datetime
 from pathlib import Path
 
+import semiseg_nb
 from . import __version__
 from .checkpoint import plain
 from .core import UserError, atomic_write, defaults_of, one_of, read_json
@@ -26,7 +28,7 @@ from .engine import Run
 # %% ../nbs/08_records.ipynb #constants
 SCHEMA = 1
 PROFILES = ("smoke", "lesson", "real")
-NO_RECORDS = ("run.json", "verdict.json", "budget.json")  # JSON of other kinds beside the records
+NO_RECORDS = ("run.json", "verdict.json", "budget.json", "model.json", "card.json")  # JSON of other kinds beside the records
 IDENTITY = ("method", "profile", "seed", "model", "encoder", "pretrained", "dataset", "params")
 
 # %% ../nbs/08_records.ipynb #build
@@ -222,13 +224,38 @@ def read_records(root: str | Path = "results") -> tuple[list[dict], dict[str, st
         else: records.append(record | {"path": str(path)})
     return records, refused
 
+# %% ../nbs/08_records.ipynb #matching
+def matching(
+    records: list[dict],
+    task: Task,
+    **values,  # "seed", or names of `params`: what else is equal
+) -> list[dict]:
+    "The records of one task, and of given values"
+    mine = {"fingerprint": task.fingerprint, "split_id": task.split_id}
+    def same(known: dict, wanted: dict) -> bool: return {k: known.get(k) for k in wanted} == wanted
+    return [r for r in records
+            if same(r["dataset"], mine) and same(r["params"] | {"seed": r["seed"]}, values)]
+
 # %% ../nbs/08_records.ipynb #find
-def find(name: str) -> Path:
-    "A file or folder of the repository, from its root or from `nbs/`; `UserError` where it is in neither"
-    for path in (Path(name), Path("..") / name):
-        if path.exists(): return path
-    raise UserError(f"There is no {name} here or one folder up: "
-                    "start from the root of the repository or from nbs/.")
+def lessons_home() -> Path:
+    "Where the lessons lie: in a checkout, or where the wheel has put them"
+    checkout = Path(semiseg_nb.__file__).parents[1]
+    installed = Path(sysconfig.get_path("data")) / "share/semiseg_nb"
+    for home in (checkout, installed):
+        if (home / "nbs/00_core.ipynb").exists(): return home
+    raise UserError("The lessons are not installed: "
+                    "install semiseg_nb from its wheel or from a checkout.")
+
+
+def find(
+    name: str | Path,  # from the root of the repository, e.g. "results"
+) -> Path:
+    "A file or folder of the lessons, whatever the working directory; `UserError` where it is missing"
+    around = [p for p in (Path(), Path("..")) if (p / "nbs/00_core.ipynb").exists()]
+    home = around[0] if around else lessons_home()
+    if (home / name).exists(): return home / name
+    raise UserError(f"There is no {name} in {home.resolve()}: "
+                    "get it with `semiseg lessons FOLDER`, or from the repository.")
 
 # %% ../nbs/08_records.ipynb #main
 def table(records: list[dict]) -> str:

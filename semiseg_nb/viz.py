@@ -150,8 +150,8 @@ def show_predictions(
     if classes:
         handles = [Patch(color=np.array(colour) / 255, label=name)
                    for colour, name in zip(palette or COLOURS, classes)]
-        masks = [to_numpy(column) for name, column in columns.items() if name != "image"]
-        if any((mask == IGNORE).any() for mask in masks):
+        masks = [mask for name, column in columns.items() if name != "image" for mask in column]
+        if any((to_numpy(mask) == IGNORE).any() for mask in masks):
             handles.append(Patch(color=np.array(GREY) / 255, label="unknown (255)"))
         fit = max(2, int(cell * len(columns) / 1.1))  # names that fit side by side
         fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), fit),

@@ -64,6 +64,18 @@ def official_folder(root):
     return root
 
 
+def awkward_folder(root, hidden_masks=False):
+    """Two classes without names, no two pictures of one size: 4 with masks and 5 unlabelled ones (which have masks all the same, if so wished), one of 2,000 pixels;
+    4 to validate, from 7 x 5 pixels on; and another domain: 3 pictures without masks, 3 with masks"""
+    sizes = {"train": [(40, 60), (64, 48), (33, 33), (50, 120), (48, 48), (30, 70), (90, 40), (64, 64), (2000, 1600)],
+             "val": [(7, 5), (60, 80), (300, 200), (21, 240)], "unlabelled_far": [(40, 41), (42, 43), (44, 45)], "ood_far": [(39, 50), (60, 38), (51, 52)]}
+    for s, (split, of_split) in enumerate(sizes.items()):
+        for i, size in enumerate(of_split):
+            picture(root / f"images/{split}/{split[0]}{i}.png", size, seed=20 * s + i)
+            if split in ("val", "ood_far") or (split == "train" and (i < 4 or hidden_masks)): mask(root / f"masks/{split}/{split[0]}{i}.png", size, (0, 1), seed=20 * s + i)
+    return root
+
+
 def in_memory(n=10, size=(6, 8), n_classes=3):
     g = torch.Generator().manual_seed(0)
     return Labelled([f"i{k}" for k in range(n)], torch.randint(0, 256, (n, 3, *size), generator=g, dtype=torch.uint8),

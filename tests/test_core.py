@@ -253,6 +253,24 @@ def test_a_parameter_of_another_type_is_named(name, value):
     with pytest.raises(UserError, match=f"parameter '{name}' is .*as in {name} = "): check_parameters(CELL, "", GOOD | {name: value})
 
 
+@pytest.mark.parametrize("given, wanted", [("[96, 128]", [96, 128]), ([96, 128], [96, 128]), ("{'gan': {'lr': 1e-3}}", {"gan": {"lr": 1e-3}}),
+                                           ("[96, ", "[96, "), ("resnet18", "resnet18"), (96, 96), (None, None)])
+def test_a_list_may_come_as_text(given, wanted):
+    "`papermill -p size \"[96, 128]\"` hands over a string, `-y` and other versions a list; the cells below find the list"
+    cell, namespace = "# parameters\nsize = None\nname = 'x'", {"size": given, "name": "[a]"}
+    assert notebook_parameters(namespace | {"In": [cell]}) == {"size": wanted, "name": "[a]"}
+    namespace["In"] = [cell]
+    notebook_parameters(namespace)
+    assert namespace["size"] == wanted and namespace["name"] == "[a]", "text whose default is text stays text"
+
+
+def test_a_list_as_text_is_still_of_the_right_kind():
+    cell = "# parameters\nseeds = [0]\nsteps = 5"
+    assert check_parameters(cell, "", {"seeds": "[0, 1]", "steps": 5}) == {"seeds": [0, 1], "steps": 5}
+    with pytest.raises(UserError, match=r"parameter 'steps' is \[5\]"): check_parameters(cell, "", {"seeds": [0], "steps": "[5]"})
+    with pytest.raises(UserError, match="parameter 'seeds' is '0, 1'"): check_parameters(cell, "", {"seeds": "0, 1", "steps": 5})
+
+
 def test_notebook_parameters_reads_the_history_of_the_kernel():
     history = ["", "import x", CELL, "# Parameters\nsteps = 7\n", "params = notebook_parameters(globals())"]
     assert notebook_parameters({"In": history, **GOOD, "steps": 7})["steps"] == 7

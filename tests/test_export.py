@@ -3,17 +3,23 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers import awkward_folder
 from PIL import Image
 
 from semiseg_nb import export
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
-from semiseg_nb.export import SIZES, TOLERANCE, export_onnx, export_pt2, exported_card, parity, runner
+from semiseg_nb.experiment import run
+from semiseg_nb.export import SIZES, TOLERANCE, export_onnx, export_pt2, exported_card, outcome, parity, runner
 from semiseg_nb.models import PyramidPooling, build_model, padded, region_means
-from semiseg_nb.predict import Predictor
+from semiseg_nb.predict import Predictor, load_model
+from semiseg_nb.records import read_records
+from semiseg_nb.supervised import Supervised
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 onnx_only = pytest.mark.skipif(not ONNX, reason="the extra [export] is not installed")
@@ -160,3 +166,64 @@ def test_products_are_adaptive_pooling(size, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     for n, known in zip((1, 2, 3, 6), pooled): torch.testing.assert_close(region_means(x, n), known)
     torch.testing.assert_close(layer(x), plain)
+
+
+# ---------------------------------------------------------------- what comes out of a run
+
+def trained(task, folder, what="supervised"):
+    return run(what, task, steps=1, batch_size=2, width=2, device="cpu", out_dir=folder / "out", progress=False)
+
+
+@pytest.fixture(scope="module")
+def scenes_run(tmp_path_factory):
+    task = load_task("scenes", n_labelled=4, n_unlabelled=6, size=32)
+    return trained(task, tmp_path_factory.mktemp("run")), task
+
+
+def test_a_run_leaves_masks_at_the_size_of_its_pictures_and_its_weights(tmp_path):
+    folder = awkward_folder(tmp_path / "awkward")
+    with pytest.warns(UserWarning, match="the middle of each is used"): task = load_task("folder", folder, n_labelled=4, size=32)
+    result = trained(task, tmp_path)
+    found = outcome(result, task, n=5)
+    sizes = {path.stem: Image.open(path).size for path in [*(folder / "images/val").iterdir(), *(folder / f"images/train/t{i}.png" for i in range(4, 9))]}
+    assert {path.stem: Image.open(path).size for path in found.masks} == sizes and {(5, 7), (1600, 2000)} <= set(sizes.values())
+    assert all(found.record.with_suffix("") in path.parents for path in found.masks), "the files lie in a folder beside the record, of its name"
+    assert load_model(found.model, "cpu").classes == task.classes and "a run of a few steps is not exported" in str(found)
+    assert [p.stem for p in outcome(result, task, n=1).masks] == ["v0", "t4"], "the same run made again replaces its folder"
+
+
+def test_drawn_pictures_are_written_and_the_model_is_exported_as_asked(scenes_run):
+    result, task = scenes_run
+    found = outcome(result, task, n=2, form="pt2")
+    assert len(found.masks) == 4 and {Image.open(p).size for p in found.masks} == {(32, 32)}
+    assert found.model.suffix == ".pt2" and exported_card(found.model)["record"]["name"] == task.name and "agree" in found.note
+    names = [text.get_text() for text in found.figure.legends[0].get_texts()]
+    assert names[:len(task.classes)] == list(task.classes), "the picture says which colour is which class"
+
+
+@onnx_only
+def test_a_run_long_enough_to_be_a_result_is_exported(scenes_run):
+    result, task = scenes_run
+    found = outcome(replace(result, record=result.record | {"profile": "real"}), task, n=1)
+    assert found.model.suffix == ".onnx" and read_records(result.path.parents[1])[1] == {}, "no file beside a record is taken for one"
+
+
+class Tricky(Supervised):
+    "Asks for the values of an image, which no exported file can"
+    name, title = "tricky", "Tricky"
+    def predict(self, x): return self.net(x) if x.mean().item() > 2 else self.net(x) * (1 + x.flatten().tolist()[0])
+
+
+def test_a_method_that_cannot_be_exported_keeps_its_weights(scenes_run, tmp_path):
+    _, task = scenes_run
+    method = Tricky(build_model("unet", task.n_classes, width=2), task)
+    del method.ema
+    record = dict(method="tricky", title="Tricky", result={"miou": 0.1}, profile="real")
+    own = replace(scenes_run[0], method=method, record=record, path=tmp_path / "tricky-1.json", folder=None)
+    found = outcome(own, task, n=1, form="pt2")
+    assert found.model.name == "weights.safetensors" and "cannot be exported as pt2" in found.note and len(found.masks) == 2
+    with pytest.raises(UserError, match="was not made by `run`"): load_model(found.model, "cpu")
+
+
+def test_a_run_without_a_record_is_refused(scenes_run):
+    with pytest.raises(UserError, match="left no record: give `run` an out_dir"): outcome(replace(scenes_run[0], path=None), scenes_run[1])

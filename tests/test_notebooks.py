@@ -10,8 +10,10 @@ from pathlib import Path
 import papermill
 import pytest
 import yaml
+from helpers import awkward_folder
 from kernels import fork_kernels
 from papermill.exceptions import PapermillExecutionError
+from PIL import Image
 from safetensors import safe_open
 from traitlets.config import Config
 
@@ -41,20 +43,31 @@ def declared(path): return papermill.inspect_notebook(str(path))
 METHODS = [p for p in NOTEBOOKS if 10 <= number(p) < 50 and tagged(p)]  # the others are pieces that methods share: nothing is trained there
 NO_LABELS = {"40_stylegan2", "41_semanticgan"}  # label no given image: no segmenter among their parameters, no record for the leaderboard
 NO_RECORD = NO_LABELS | {"17_tags"}             # a piece that recipes use: it is trained, and labels no pixel
+OWN_DATA = {"17_tags", "45_inversion"}          # image tags; a generator trained on the same images: any other folder is refused
+ON_A_FOLDER = [p for p in METHODS if p.stem not in OWN_DATA] + [ROOT / "nbs/95_your_method.ipynb"]
+OUTCOME = [p for p in ON_A_FOLDER if p.stem not in NO_LABELS | {"46_mask_cycle"}]  # 46: a variant of 42
+FOLDER = {"dataset": "folder", "target_split": "unlabelled_far", "target_val": "ood_far", "targets": ["ood_far"]}
 
 
-def execute(path, **parameters):
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    "Somebody's images: for every second notebook the unlabelled ones have no masks anywhere"
+    root = tmp_path_factory.mktemp("folders")
+    return {hidden: awkward_folder(root / f"awkward-{hidden}", bool(hidden)) for hidden in (0, 1)}
+
+
+def execute(path, cwd=ROOT, **parameters):
     """Run a notebook as a person would from the root of the repository; its pipes (no open ports) have names of their own, for notebooks run side by side.
     Nothing is written but what the notebook writes: papermill would save all of it before and after every cell, a quarter of the time."""
     with tempfile.TemporaryDirectory() as pipes:
         config = Config({"KernelManager": {"transport": "ipc", "ip": f"{pipes}/kernel"}})
-        return papermill.execute_notebook(str(path), None, parameters=parameters, cwd=str(ROOT), progress_bar=False, config=config)
+        return papermill.execute_notebook(str(path), None, parameters=parameters, cwd=str(cwd), progress_bar=False, config=config)
 
 
-def smoke_parameters(path, folder):
+def smoke_parameters(path, folder, data_root=None):
     "The smoke values for the names that a notebook declares, with its files in a folder of the test"
     names = declared(path)
-    values = {k: v for k, v in SMOKE.items() if k in names}
+    values = {k: v for k, v in (SMOKE | (FOLDER | {"data_root": str(data_root)} if data_root else {})).items() if k in names}
     return values | ({"out_dir": str(folder / "out")} if "out_dir" in names else {})
 
 
@@ -62,10 +75,24 @@ def markdown_outputs(nb):
     return ["".join(o["data"]["text/markdown"]) for c in nb["cells"] for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
 
 
+def words_of(nb):
+    "Everything that the code of a notebook has printed"
+    outputs = [o for c in nb["cells"] for o in c.get("outputs", [])]
+    return "\n".join("".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/markdown", "")) for o in outputs)
+
+
 @pytest.mark.slow
 @each(NOTEBOOKS)
-def test_runs_with_the_smoke_parameters(path, tmp_path):
-    nb = execute(path, **smoke_parameters(path, tmp_path))
+def test_runs_with_the_smoke_parameters(path, tmp_path, folders):
+    """What trains a method runs on a folder of somebody's own images instead of scenes; what is drawn for a demonstration is drawn all the same"""
+    data_root = folders[number(path) % 2] if path in ON_A_FOLDER else None
+    nb = execute(path, **smoke_parameters(path, tmp_path, data_root))
+    if data_root: assert not re.search("scene", words_of(nb), re.I), "nobody has asked for scenes"
+    if path in OUTCOME:
+        masks = list((tmp_path / "out").rglob("predictions/masks/**/*.png"))
+        record, = {Path(str(m).split("/predictions/")[0]) for m in masks}
+        assert record.with_suffix(".json").is_file(), "what comes out lies beside the record, in a folder of its name"
+        assert Image.open(next(m for m in masks if m.stem in ("v0", "o0"))).size in {(5, 7), (50, 39)}, "a mask has the size of its picture"
     if path in METHODS and path.stem not in NO_RECORD:
         records = [json.loads(p.read_text()) for p in (tmp_path / "out").rglob("*.json")]
         records = [r for r in records if "schema" in r]
@@ -83,6 +110,44 @@ def test_runs_with_its_stored_weights(path, tmp_path):
     assert any("image/png" in o.get("data", {}) for c in nb["cells"] for o in c.get("outputs", []))
 
 
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, folders):
+    path = ROOT / "nbs/45_inversion.ipynb"
+    with pytest.raises(PapermillExecutionError) as error: execute(path, **smoke_parameters(path, tmp_path, folders[0]))
+    assert error.value.ename == "UserError" and "does not hold a SemanticGAN for 'awkward-0'" in error.value.evalue
+    assert not list(tmp_path.rglob("*.json")), "nothing was trained before"
+
+
+@pytest.mark.slow
+def test_a_copy_runs_from_anywhere_and_takes_a_size_as_text(tmp_path, folders):
+    "As `papermill copy/95_your_method.ipynb out.ipynb -p size \"[24, 32]\"` does from any folder, one with a folder results/ of its own"
+    path = tmp_path / "copy/95_your_method.ipynb"
+    path.parent.mkdir()
+    path.write_bytes((ROOT / "nbs/95_your_method.ipynb").read_bytes())
+    (tmp_path / "elsewhere/results").mkdir(parents=True)
+    execute(path, tmp_path / "elsewhere", **smoke_parameters(path, tmp_path, folders[0]) | {"size": "[24, 32]", "out_dir": "runs"})
+    records = [json.loads(p.read_text()) for p in (tmp_path / "elsewhere/runs").glob("*/*.json")]
+    assert {tuple(r["dataset"]["size"]) for r in records if "schema" in r} == {(24, 32)}
+
+
+@each([p for p in NOTEBOOKS if number(p) >= 0])
+def test_files_of_the_repository_are_found_from_anywhere(path):
+    "A path such as 'results' or 'nbs/weights/...' is handed to `find`, which looks in the lessons whatever the working directory is"
+    opened, given = {"Path", "open", "read_records", "read_reference", "read_weights", "load_weights", "read_json"}, set()
+    for cell in code_cells(path):
+        calls = [node for node in ast.walk(ast.parse(source(cell))) if isinstance(node, ast.Call) and node.args]
+        given |= {id(part) for call in calls if ast.unparse(call.func) in ("find", "existing") for part in ast.walk(call)}
+        for call in calls:
+            name = call.args[0].value if isinstance(call.args[0], ast.Constant) else None
+            if ast.unparse(call.func) not in opened or id(call) in given or not isinstance(name, str): continue
+            assert not re.match(r"(\.\./|\./)*(nbs|results|weights|params)\b", name), f"cell {cell['id']} opens {name!r}"
+
+
+@each(OUTCOME)
+def test_a_methods_notebook_ends_in_what_people_use(path):
+    assert sum("print(outcome(" in source(c) for c in code_cells(path)) == 1
+
+
 @each([p for p in NOTEBOOKS if tagged(p)])
 def test_an_unknown_parameter_stops_the_notebook(path):
     "The cell after the parameters compares them first; what papermill does with a notebook that stops is the same for all, see below"
@@ -95,6 +160,18 @@ def test_an_unknown_parameter_stops_the_notebook(path):
     with pytest.raises(UserError, match=r"parameter 'stepz' is not known.*choose one of .*\."): exec(ast.unparse(statement), namespace)
     namespace["In"] = [source(parameters)]
     exec(ast.unparse(statement), namespace)
+
+
+@each([p for p in NOTEBOOKS if tagged(p)])
+def test_a_size_may_be_two_numbers(path):
+    "`papermill -p size \"[96, 128]\"` hands over text: the cells get a list, or one sentence where only squares are drawn"
+    (cell,), given = tagged(path), {}
+    exec(source(cell), given)
+    for name in {"size", "crop"} & set(given):
+        namespace = given | {"In": [source(cell), f"# Parameters\n{name} = '[96, 128]'\n"], name: "[96, 128]"}
+        if given[name] is None: assert notebook_parameters(namespace)[name] == namespace[name] == [96, 128]
+        else:
+            with pytest.raises(UserError, match=f"parameter '{name}' is .96, 128., but it should be of the kind int"): notebook_parameters(namespace)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
 from semiseg_nb.engine import Run
-from semiseg_nb.records import commit, identity, make_record, profile_of, read_records, table, thin, what_is_wrong, write_record
+from semiseg_nb.records import commit, find, identity, lessons_home, make_record, matching, profile_of, read_records, table, thin, what_is_wrong, write_record
 
 RESULT = {"miou": 0.61, "iou_per_class": [0.9, 0.5, float("nan"), 0.4, 0.6], "pixel_accuracy": 0.8, "ece": 0.05}
 
@@ -133,3 +133,24 @@ def test_corrected_masks_are_another_record(task):
     other.labelled = type(other.labelled)(other.labelled.ids, other.labelled.images, masks, other.n_classes)
     cropped = load_task("scenes", n_labelled=6, size=32, crop=16)
     assert len({identity(record(t)) for t in (task, other, cropped)}) == 3
+
+
+def test_only_records_of_one_task_and_of_the_same_values_are_compared(task):
+    mine, other = record(task, views="weak"), record(load_task("scenes", n_labelled=5, size=32), views="weak")
+    records = [mine, other, record(task, seed=1, views="weak"), record(task, views="strong"), record(task, method="cyclegan")]
+    assert matching(records, task, seed=0, views="weak") == [mine], "a record without this setting is passed over"
+    assert matching(records, task, steps=900) == [r for r in records if r is not other]
+    old = mine | {"dataset": {k: v for k, v in mine["dataset"].items() if k != "fingerprint"}}
+    assert not matching([old], task), "what was scored on unknown files is not compared"
+
+
+def test_files_of_the_lessons_are_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find("results") == lessons_home() / "results", "a folder results/ of somebody's own project is not ours"
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs/00_core.ipynb").write_text("a copy, by `semiseg lessons`")
+    assert find("results").resolve() == tmp_path / "results"
+    monkeypatch.chdir(tmp_path / "nbs")
+    assert find("results").resolve() == tmp_path / "results"
+    with pytest.raises(UserError, match="There is no nbs/weights in .*: get it with `semiseg lessons FOLDER`"): find("nbs/weights")

@@ -68,6 +68,8 @@ def test_predictions_stand_side_by_side_with_a_legend():
     assert not fig.axes[2].collections, "no outline where nothing is wrong"
     assert fig.axes[3].collections, "an outline where something is wrong"
     assert len(show_predictions(x, None, {"method": y}, PALETTE).axes) == 4
+    ragged = show_predictions([x[0], x[1, :, :5]], None, {"method": [y[0], y[1, :5]]}, PALETTE, ["a", "b", "c"])
+    assert [t.get_text() for t in ragged.legends[0].get_texts()] == ["a", "b", "c", "unknown (255)"], "pictures may have sizes of their own"
 
 
 def test_curves_leave_out_rows_without_the_key():
