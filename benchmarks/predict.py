@@ -116,8 +116,8 @@ def main(a):
     torch.set_num_threads(a.threads)
     if a.alone: return alone(a)
     with tempfile.TemporaryDirectory() as name:
+        large = memory(a, Path(name))  # first: a new process counts the peak of the one that starts it as its own
         rates = speed(a, Path(name))
-        large = memory(a, Path(name))
     print(f"{a.images} pictures of {a.size} px, network at {a.training} px, batch {a.batch_size}:")
     for name, row in rates.items():
         print(f"    {name:14} {row['images_per_second']:6.2f} a second, {row['processor_seconds_per_image']:.4f} s of the processor each")
