@@ -25,7 +25,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 FLOORS = {
     0: ["core"],
     1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "rasters", "viz"],
-    2: ["folders", "formats", "mask_files", "annotations", "doctor", "catalogue", "clock", "checkpoint", "engine", "records"],
+    2: ["folders", "formats", "mask_files", "annotations", "doctor", "catalogue", "clock", "checkpoint", "engine", "records", "large_pictures"],
     3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
     5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
