@@ -225,7 +225,11 @@ def export_pt2(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cards = {"card.json": json.dumps(card_for(model))}
-        torch.export.save(traced(model), memory, extra_files=cards)
+        try: torch.export.save(traced(model), memory, extra_files=cards)
+        except RuntimeError as e:  # of its serialiser
+            raise UserError(f"'{path}' was not written: this PyTorch cannot store every operation of "
+                            f"the network as .pt2 ({str(e).splitlines()[0]}); export it as .onnx, "
+                            "or take another encoder.") from e
     return into_place(model, memory.getvalue(), path)
 
 # %% ../nbs/54_export.ipynb #read-card

@@ -196,6 +196,13 @@ def test_sizes_are_rounded_up_without_negative_numbers():
     assert [padded(n) for n in (1, 31, 32, 33, 64)] == [32, 32, 32, 64, 64]
 
 
+@pytest.mark.slow
+def test_an_operation_that_pt2_cannot_hold_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"m.pt2' was not written: this PyTorch cannot store .*ceil.*export it as .onnx"):
+        export_pt2(predictor(model="psp", encoder="resnet10t"), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("size", [(9, 7), (6, 6), (1, 5), (13, 64)])
 def test_products_are_adaptive_pooling(size, monkeypatch):
     x = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
