@@ -14,6 +14,7 @@ import os
 import re
 import reprlib
 import xml.etree.ElementTree as ET
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -495,18 +496,78 @@ def _cvat_fill(element: ET.Element, where: str) -> Callable | None:
     return lambda shape: _placed(mask_of_runs(counts, (height, width), "C"), top, left, shape)
 
 
+def _cvat_shapes(elements: Sequence, where: str, names: dict, flat: Counter) -> list:
+    "The objects of one image from (class, element); adds new names, and counts what has no area"
+    shapes = []
+    for label, element in elements:
+        fill = _cvat_fill(element, where)
+        names.setdefault(label, None)
+        level, = _numbers(element, where, "z_order", default="0")
+        if fill: shapes.append(Shape(label, fill, level))
+        else: flat[element.tag] += 1
+    return shapes
+
+# %% ../nbs/50_formats.ipynb #video
+def _video_frames(source: ToolFiles, path: Path) -> dict:
+    "frame -> its image, in the folder of the XML file or below; raises `UserError`"
+    frames = {}
+    for image in source.files:
+        number = re.fullmatch(r"frame_(\d+)", image.stem, re.I)
+        if not number or image.suffix.lower() not in PICTURES: continue
+        if path.parent not in image.parents: continue
+        if frames.setdefault(int(number[1]), image) != image:
+            raise UserError(f"Frame {int(number[1])} of '{path}' can be "
+                            f"'{frames[int(number[1])]}' or '{image}': keep one of them.")
+    if frames: return frames
+    raise UserError(f"'{path}' holds the tracks of a video, but no image frame_000000 lies beside "
+                    "it: export it from CVAT with its images, or as 'CVAT for images 1.1'.")
+
+
+def _cvat_video(source: ToolFiles, path: Path, root: ET.Element, export: Export, names: dict,
+                flat: Counter) -> list:  # names of frames that are not there
+    "Add a picture for every frame of a video: each track as the last listed outline shows it"
+    frames, held, listed = _video_frames(source, path), set(), set()
+    rows = {number: [] for number in frames}
+    for i, track in enumerate(root.iterfind("track")):
+        where, label, entries = f"Track {i} of '{path}'", track.get("label") or "", {}
+        for element in track:
+            if element.tag == "attribute": continue
+            number, = _numbers(element, where, "frame")
+            entries[int(number)] = None if element.get("outside") == "1" else element
+        listed |= {number for number, element in entries.items() if element is not None}
+        known = sorted(entries)
+        for number in frames:
+            last = known[bisect_right(known, number) - 1] if known and known[0] <= number else None
+            if entries.get(last) is None: continue
+            rows[number].append((label, entries[last]))
+            if last < number: held.add(number)
+    split = source.split(path, name=True)
+    for number, image in sorted(frames.items()):
+        where = f"Frame {number} of '{path}'"
+        shapes = _cvat_shapes(rows[number], where, names, flat)
+        export.pictures.append(Picture(where, image, split=split or source.split(image),
+                                       shapes=shapes))
+    if held:
+        export.notes.append(f"In {len(held)} frame(s) of '{path}' an outline is held from an "
+                            "earlier frame, as the file lists none there: look at the masks.")
+    return [f"frame_{number:06d}" for number in sorted(listed - set(frames))]
+
+# %% ../nbs/50_formats.ipynb #cvat-reader
 def _read_cvat(source: ToolFiles) -> Export:
-    "CVAT for images 1.1"
+    "CVAT for images 1.1, and the tracks of CVAT for video 1.1"
     export, names, lost, flat = Export([], []), {}, [], Counter()
     roots = [(p, _xml_root(p)) for p in source.ending(".xml")]
     roots = [(p, root) for p, root in roots if root.tag == "annotations"]
     if not roots: raise _absent(source, "cvat")
+    videos = [path for path, root in roots if root.find("track") is not None]
     for path, root in roots:
-        if root.find("track") is not None:
-            raise UserError(f"'{path}' holds the tracks of a video: export it from CVAT as 'CVAT "
-                            "for images 1.1'.")
         for label in root.iterfind(".//labels/label"):
             names[label.findtext("name") or ""] = as_colour(label.findtext("color"))
+        if path in videos:
+            first = len(export.pictures)
+            lost += _cvat_video(source, path, root, export, names, flat)
+            for picture in export.pictures[first:] if len(videos) > 1 else ():
+                picture.group = source.files[path][-2] if len(source.files[path]) > 1 else path.stem
         for image in root.iterfind("image"):
             name = image.get("name") or ""
             where = f"Image '{name}' of '{path}'"
@@ -517,16 +578,13 @@ def _read_cvat(source: ToolFiles) -> Export:
                 continue
             w, h = map(int, _numbers(image, where, "width", "height"))
             if min(w, h) < 1: raise UserError(f"{where} is {w} x {h} pixels: no image is.")
-            shapes = []
-            for element in image:
-                if element.tag in ("tag", "attribute"): continue
-                label, fill = element.get("label") or "", _cvat_fill(element, where)
-                names.setdefault(label, None)
-                level, = _numbers(element, where, "z_order", default="0")
-                if fill: shapes.append(Shape(label, fill, level))
-                else: flat[element.tag] += 1
+            rows = [(e.get("label") or "", e) for e in image if e.tag not in ("tag", "attribute")]
+            shapes = _cvat_shapes(rows, where, names, flat)
             export.pictures.append(Picture(where, found, split=split or source.split(found),
                                            size=(h, w), shapes=shapes))
+    if len(videos) == 1:
+        export.notes.append(f"'{videos[0]}' is one video, whose frames look alike: the score on "
+                            "frames from it flatters, so validate on another video.")
     if flat: export.notes.append(NO_AREA.format(flat.total(), ", ".join(sorted(flat))))
     export.names = list(names)
     export.colours = {name: c for name, c in names.items() if c}
