@@ -35,19 +35,11 @@ from semiseg_nb.core import (
     temporary_name,
 )
 from .folders import PICTURES, SHARP, class_palette, one_form
-from semiseg_nb.formats import (
-    READERS,
-    Export,
-    Picture,
-    ToolFiles,
-    as_colour,
-    naming,
-    open_picture,
-    tool_kinds,
-)
+from .formats import READERS, tool_kinds
 from .mask_files import is_manifest, pairs_of, read_masks
 from .pictures import image_size, read_mask
 from .rasters import Region, paint, pieces_of, region_runs, rle_text, trace_outlines
+from .tool_files import Export, Picture, ToolFiles, as_colour, naming, open_picture
 
 # %% ../nbs/50_annotations.ipynb #class-table
 IGNORED = {"ignore", "__ignore__"}  # classes of these names are 255

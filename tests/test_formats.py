@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from semiseg_nb.core import UserError
-from semiseg_nb.formats import READERS, ToolFiles, as_colour, tool_kinds
+from semiseg_nb.formats import READERS, tool_kinds
+from semiseg_nb.tool_files import ToolFiles, as_colour
 
 
 def image(path, size=(8, 6), **more):
