@@ -25,7 +25,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 FLOORS = {
     0: ["core"],
     1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "rasters", "viz"],
-    2: ["folders", "formats", "mask_files", "annotations", "doctor", "catalogue", "clock", "checkpoint", "engine", "records", "large_pictures"],
+    2: ["folders", "tool_files", "formats", "mask_files", "annotations", "doctor", "catalogue", "clock", "checkpoint", "engine", "records", "large_pictures"],
     3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
     5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
@@ -36,8 +36,9 @@ FLOOR = dict.fromkeys(MODULES, 4) | {name: floor for floor, names in FLOORS.item
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("doctor", "folders"), ("catalogue", "doctor"),  # a folder is read, looked at, and then cut into a task
     ("catalogue", "folders"),  # a folder of one's own is one of the data sets
-    ("formats", "folders"), ("mask_files", "folders"), ("annotations", "folders"),  # importers write the layout that `folders` reads
-    ("mask_files", "formats"), ("annotations", "formats"), ("annotations", "mask_files"),  # tools, then pictures, then the import of both
+    ("tool_files", "folders"), ("formats", "folders"), ("mask_files", "folders"), ("annotations", "folders"),  # importers write the layout that `folders` reads
+    ("formats", "tool_files"), ("mask_files", "tool_files"), ("annotations", "tool_files"),  # all read into one form
+    ("annotations", "formats"), ("annotations", "mask_files"),  # tools, then pictures, then the import of both
     ("records", "engine"),  # a record is made from a run
     ("budget", "runs"), ("verdict", "runs"),  # they look for finished runs in a folder
     ("verdict", "budget"),  # its sentence ends with what more masks would bring
