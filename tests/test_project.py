@@ -29,7 +29,7 @@ FLOORS = {
     3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
     5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
-    7: ["checks", "runs", "budget", "verdict", "predict", "export"],  # what people do with the results
+    7: ["checks", "runs", "budget", "verdict", "predict", "export", "ablations"],  # what people do with the results
     8: ["command"],  # all of it from a terminal
 }
 FLOOR = dict.fromkeys(MODULES, 4) | {name: floor for floor, names in FLOORS.items() for name in names}  # any other module is a method

@@ -1,4 +1,6 @@
 "Pictures: colours as given, 255 grey, every function draws without a screen, errors in one sentence"
+import io
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -7,9 +9,26 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from ipywidgets import Dropdown, IntSlider
+from PIL import Image
 
 from semiseg_nb.core import UserError
-from semiseg_nb.viz import GREY, controls, curves, image_to_rgb, mask_to_rgb, overlay, reliability, save_figure, show_grid, show_predictions
+from semiseg_nb.viz import (
+    GREY,
+    controls,
+    curves,
+    figure_words,
+    image_to_rgb,
+    mask_to_rgb,
+    overlay,
+    reliability,
+    save_figure,
+    show,
+    show_grid,
+    show_predictions,
+    stack,
+    to_png,
+)
 
 PALETTE = [(0, 0, 0), (255, 0, 0), (0, 0, 255)]
 
@@ -105,3 +124,35 @@ def test_controls_redraw_when_a_knob_moves_and_leave_no_open_figure():
     controls(draw, strength=knob)
     knob.value = 0.75
     assert seen == [0.5, 0.75] and plt.get_fignums() == open_before and knob.description == "strength"
+
+
+def test_a_figure_is_shown_with_its_words(monkeypatch):
+    said = []
+    monkeypatch.setattr("IPython.display.display", lambda fig, metadata: said.append(metadata["image/png"]["alt"]))
+    fig = curves({"baseline": [{"step": 0, "miou": .1}]}, title="It learns")
+    assert figure_words(fig) == "It learns, miou over step, baseline"
+    show(fig)
+    show(plt.figure(), "a circle")
+    assert said == ["It learns, miou over step, baseline", "a circle"] and not plt.get_fignums()
+    assert figure_words(plt.figure()) == "A picture without a title"
+
+
+def test_states_of_the_knobs_stay_on_the_page(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda thing, **more: shown.append((thing, more)))
+    def draw(size, colour):
+        fig = plt.figure(figsize=(size, 1), dpi=50)
+        fig.suptitle(colour)
+        return fig
+    controls(draw, [{"size": 2}, {"size": 3, "colour": "blue"}], size=IntSlider(2, 1, 9), colour=Dropdown(options=["red", "blue"]))
+    (_, _), (strip, more) = shown
+    assert more["metadata"]["image/png"]["alt"] == "size = 2: red. size = 3, colour = blue: blue"
+    assert strip.data[:4] == b"\x89PNG"
+
+
+def test_pictures_stand_side_by_side_where_they_fit():
+    wide, high = (plt.figure(figsize=size, dpi=50) for size in ((4, 1), (4, 2)))
+    for fig in (wide, high): fig.add_axes((0, 0, 1, 1))
+    pngs = [to_png(wide), to_png(high)]
+    across, below = (Image.open(io.BytesIO(stack(pngs, width))) for width in (1000, 300))
+    assert across.width > below.width and across.height < below.height
