@@ -105,10 +105,13 @@ def reference_record(runs):
 def test_record(runs):
     "What `diagnose` says of every run, from all curves and from those of the plain log"
     rows = []
+    healthy = {r["condition"]: r["history"] for r in runs if r["exhibit"] == "healthy" and not r["baseline"]}
     for r in runs:
         row = {k: r[k] for k in ("exhibit", "condition", "baseline")}
-        for name, history in (("all curves", r["history"]), ("plain log", plain_curves(r["history"]))):
-            answers = diagnose(history).answers
+        kinds = {"all curves": (r["history"], None), "plain log": (plain_curves(r["history"]), None)}
+        if r["exhibit"] != "healthy" and r["condition"] in healthy: kinds["beside a healthy run"] = (r["history"], healthy[r["condition"]])
+        for name, (history, beside) in kinds.items():
+            answers = diagnose(history, beside=beside).answers
             row[name] = {"answers": {k: round(v, 3) for k, v in list(answers.items())[:3]}, "of the truth": round(answers.get(r["exhibit"], 0.0), 3)}
         rows.append(row)
     return {"runs": rows}
@@ -116,10 +119,11 @@ def test_record(runs):
 
 def report(rows):
     "The right answers of each kind of log, and the mistaken ones by name"
-    for kind in ("all curves", "plain log"):
-        first = [(r["exhibit"], next(iter(r[kind]["answers"]))) for r in rows]
+    for kind in ("all curves", "plain log", "beside a healthy run"):
+        given = [r for r in rows if kind in r]
+        first = [(r["exhibit"], next(iter(r[kind]["answers"]))) for r in given]
         print(f"{kind}: {sum(a == b for a, b in first)} of {len(first)} right, "
-              f"{sum(r['exhibit'] in list(r[kind]['answers'])[:2] for r in rows)} among the first two")
+              f"{sum(r['exhibit'] in list(r[kind]['answers'])[:2] for r in given)} among the first two")
         for (truth, answer), n in Counter(pair for pair in first if pair[0] != pair[1]).most_common(): print(f"    {n} x {truth} -> {answer}")
 
 

@@ -709,6 +709,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'semiseg_nb/failures.py'),
                                      'semiseg_nb.failures.curve': ('failures.html#curve', 'semiseg_nb/failures.py'),
                                      'semiseg_nb.failures.diagnose': ('failures.html#diagnose', 'semiseg_nb/failures.py'),
+                                     'semiseg_nb.failures.differences': ('failures.html#differences', 'semiseg_nb/failures.py'),
                                      'semiseg_nb.failures.features': ('failures.html#features', 'semiseg_nb/failures.py'),
                                      'semiseg_nb.failures.kappa': ('failures.html#kappa', 'semiseg_nb/failures.py'),
                                      'semiseg_nb.failures.late': ('failures.html#late', 'semiseg_nb/failures.py'),

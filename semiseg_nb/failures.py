@@ -6,7 +6,7 @@
 __all__ = ['EXHIBITS', 'OF_CONSISTENCY', 'MUSEUM', 'PLAIN', 'REFERENCE', 'CAP', 'kappa', 'Healthy', 'watch', 'MaskLeak', 'leaky',
            'IgnoreLost', 'SoftmaxTwice', 'SumForMean', 'TargetNotDetached', 'SharpenedThreshold', 'ViewsNotAligned',
            'NoRamp', 'EMAInTrainMode', 'MixedStatistics', 'SmallNet', 'visit', 'plain_curves', 'curve', 'late',
-           'log_ratio', 'features', 'mean_known', 'within', 'Diagnosis', 'diagnose']
+           'log_ratio', 'features', 'mean_known', 'within', 'Diagnosis', 'diagnose', 'differences']
 
 # %% ../nbs/15_failures.ipynb #imports
 import copy
@@ -342,11 +342,16 @@ class Diagnosis:
 def diagnose(
     run: Run | list,  # of `UDA` or `Supervised`, or its history
     reference: list | None = None,  # runs with "exhibit" and "features"; None: those of `REFERENCE`
+    beside: Run | list | None = None,  # a healthy run of the same data: differences are compared
     sharpness: float = 4.0,  # of the confidence: larger is surer
 ) -> Diagnosis:
     "Compare a run with reference runs, healthy ones among them; raises `UserError` without curves"
     found = features(run)
     rows = read_json(find(REFERENCE))["runs"] if reference is None else reference
+    if beside is not None:
+        usual = features(beside)
+        found = {k: v - usual[k] for k, v in found.items()}
+        rows = differences(rows)
     if math.isnan(found["kept"]): rows = [r for r in rows if r["exhibit"] not in OF_CONSISTENCY]
     names = np.array([r["exhibit"] for r in rows])
     table = np.array([[r["features"][k] for k in found] for r in rows], float)
@@ -361,3 +366,14 @@ def diagnose(
     odd = {k: (v, h, abs(v - h) / s) for (k, v), h, s in zip(found.items(), healthy, spread)}
     order = sorted((k for k in odd if math.isfinite(odd[k][2])), key=lambda k: -odd[k][2])
     return Diagnosis(answers, {k: odd[k][:2] for k in order})
+
+
+def differences(
+    rows: list,  # with "exhibit", "condition", "baseline" and "features"
+) -> list:  # the runs of UDA among them
+    "Reference runs, each measured from the healthy run of its own data"
+    runs = [r for r in rows if not r["baseline"]]
+    healthy = {r["condition"]: r["features"] for r in runs if r["exhibit"] == "healthy"}
+    def apart(r: dict) -> dict:
+        return {k: v - healthy[r["condition"]][k] for k, v in r["features"].items()}
+    return [r | {"features": apart(r)} for r in runs]
