@@ -1,6 +1,8 @@
 "The failure museum: every exhibit makes its mistake, its healthy neighbour makes none, and `diagnose` reads curves"
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +29,8 @@ from semiseg_nb.failures import (
 )
 from semiseg_nb.supervised import Supervised
 from semiseg_nb.uda import UDA, SelfUDA, sharpen
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +253,30 @@ def test_a_run_without_the_needed_curves_is_refused_in_one_sentence(name):
     rows = [{k: v for k, v in row.items() if k != name} for row in history()]
     with pytest.raises(UserError, match=rf"^This history has no curve '{name}': .*\.$"): diagnose(rows, reference())
     with pytest.raises(UserError, match="has no curve 'supervised'"): diagnose([], reference())
+
+
+def test_beside_a_healthy_run_a_shift_of_the_data_does_not_count():
+    "Losses twice as high for reasons of the data: alone the run looks wrong, beside a healthy run of the same data it does not"
+    rows = [r | {"condition": "a", "baseline": False} for r in reference(spread=0)]
+    shifted = history((1.6, 1.2, 0.5), consistency=(0, 0.1, 0.1), kept=(0.2, 0.5, 0.6))
+    assert diagnose(shifted, rows).answer == "views not aligned"
+    assert diagnose(shifted, rows, beside=shifted).answer == "healthy"
+
+
+def test_the_stored_reference_knows_every_exhibit():
+    record = json.loads((ROOT / "results/benchmarks/failures_reference.json").read_text())
+    assert {r["exhibit"] for r in record["runs"]} == set(EXHIBITS) == set(record["curves"])
+
+
+def test_the_benchmark_has_no_run_of_the_reference():
+    reference, tested = (json.loads((ROOT / f"results/benchmarks/{n}.json").read_text()) for n in ("failures_reference", "failures"))
+    assert len(tested["runs"]) >= 40 and not {r["condition"] for r in tested["runs"]} & {r["condition"] for r in reference["runs"]}
+    assert {r["exhibit"] for r in tested["runs"]} == set(EXHIBITS) and any(r["baseline"] for r in tested["runs"])
+
+
+def test_the_solutions_of_the_exercises_run(task):
+    cells = json.loads((ROOT / "nbs/15_failures.ipynb").read_text())["cells"]
+    text, = ("".join(c["source"]) for c in cells if c["id"] == "solutions")
+    solutions = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(solutions) == 2
+    for code in solutions: exec(code, {"math": math, "Healthy": Healthy, "SmallNet": SmallNet, "Clock": Clock, "task": task})
