@@ -42,10 +42,10 @@ def declared(path): return papermill.inspect_notebook(str(path))
 
 METHODS = [p for p in NOTEBOOKS if 10 <= number(p) < 50 and tagged(p)]  # the others are pieces that methods share: nothing is trained there
 NO_LABELS = {"40_stylegan2", "41_semanticgan"}  # label no given image: no segmenter among their parameters, no record for the leaderboard
-NO_RECORD = NO_LABELS | {"17_tags"}             # a piece that recipes use: it is trained, and labels no pixel
+NO_RECORD = NO_LABELS | {"17_tags", "15_failures"}  # a piece that recipes use, which labels no pixel; and mistakes made on purpose
 OWN_DATA = {"17_tags", "45_inversion"}          # image tags; a generator trained on the same images: any other folder is refused
 ON_A_FOLDER = [p for p in METHODS if p.stem not in OWN_DATA] + [ROOT / "nbs/95_your_method.ipynb"]
-OUTCOME = [p for p in ON_A_FOLDER if p.stem not in NO_LABELS | {"46_mask_cycle"}]  # 46: a variant of 42
+OUTCOME = [p for p in ON_A_FOLDER if p.stem not in NO_LABELS | {"15_failures", "46_mask_cycle"}]  # 46: a variant of 42
 FOLDER = {"dataset": "folder", "target_split": "unlabelled_far", "target_val": "ood_far", "targets": ["ood_far"]}
 
 
