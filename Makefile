@@ -34,7 +34,7 @@ install: $(READY)
 	echo "Making .venv with $$($$python --version) and installing; PyTorch is large, so the first time takes some minutes."; \
 	$$python -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip
-	.venv/bin/python -m pip install --progress-bar off -e '.[dev]'
+	.venv/bin/python -m pip install --progress-bar off -e '.[dev,browser]'
 	@touch $@
 
 demo: $(READY)
