@@ -187,7 +187,7 @@ def test_setup_hands_over_what_settings_say(monkeypatch):
     exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {"__file__": str(ROOT / "setup.py"), "__name__": "setup"})
     assert (given["name"], given["version"], given["description"]) == (cfg["lib_name"], cfg["version"], cfg["description"])
     assert given["install_requires"] == cfg["requirements"].split()
-    assert given["extras_require"] == {extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "bench", "export", "geo", "browser")}
+    assert given["extras_require"] == {extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "bench", "export", "geo", "browser", "site")}
     assert set(cfg["export_requirements"].split()) <= set(cfg["dev_requirements"].split()), "the tests export"
     assert given["entry_points"]["console_scripts"] == [cfg["console_scripts"]]
     assert given["project_urls"] == {} or given["project_urls"]["Source"] == cfg["git_url"]
