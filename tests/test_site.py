@@ -3,6 +3,7 @@ import ast
 import base64
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -58,6 +59,11 @@ def test_badges_open_the_notebook_in_colab_and_binder(monkeypatch):
     monkeypatch.setenv("GITHUB_SERVER_URL", "https://github.com")
     monkeypatch.setenv("GITHUB_REPOSITORY", "someone/semiseg_nb")
     assert pages.repository() == (pages.settings()["git_url"] or REPO)
+
+
+def test_binder_makes_the_environment_and_installs_the_package():
+    assert (ROOT / ".binder/environment.yml").read_text() == (ROOT / "environment.yml").read_text()
+    assert os.access(ROOT / ".binder/postBuild", os.X_OK) and "pip install --no-deps -e ." in (ROOT / ".binder/postBuild").read_text()
 
 
 def test_the_leaderboard_shows_results_without_code():
