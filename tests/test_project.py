@@ -173,6 +173,7 @@ def test_pyproject_repeats_settings():
     nbdev = pyproject()["tool"]["nbdev"]
     assert (nbdev["lib_path"], nbdev["nbs_path"]) == (cfg["lib_path"], cfg["nbs_path"])
     assert nbdev["allowed_cell_metadata_keys"] == ["tags"]
+    assert nbdev["allowed_out_metadata_keys"] == ["image/png", "image/jpeg"], "the texts in the place of pictures stay"
 
 
 def test_the_citation_file_repeats_settings():
