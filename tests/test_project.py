@@ -176,6 +176,7 @@ def test_pyproject_repeats_settings():
     nbdev = pyproject()["tool"]["nbdev"]
     assert (nbdev["lib_path"], nbdev["nbs_path"]) == (cfg["lib_path"], cfg["nbs_path"])
     assert nbdev["allowed_cell_metadata_keys"] == ["tags"]
+    assert nbdev["allowed_out_metadata_keys"] == ["image/png", "image/jpeg"], "the texts in the place of pictures stay"
 
 
 def test_the_citation_file_repeats_settings():
@@ -190,7 +191,7 @@ def test_setup_hands_over_what_settings_say(monkeypatch):
     exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {"__file__": str(ROOT / "setup.py"), "__name__": "setup"})
     assert (given["name"], given["version"], given["description"]) == (cfg["lib_name"], cfg["version"], cfg["description"])
     assert given["install_requires"] == cfg["requirements"].split()
-    assert given["extras_require"] == {extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "bench", "export", "geo")}
+    assert given["extras_require"] == {extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "bench", "export", "geo", "browser", "site")}
     assert set(cfg["export_requirements"].split()) <= set(cfg["dev_requirements"].split()), "the tests export"
     assert given["entry_points"]["console_scripts"] == [cfg["console_scripts"]]
     assert given["project_urls"] == {} or given["project_urls"]["Source"] == cfg["git_url"]
@@ -311,7 +312,8 @@ def test_ci_runs_what_a_person_runs():
     run = ROOT / ".ci/run"
     assert os.access(run, os.X_OK)
     commands = [line for line in run.read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
-    assert commands == ["exec make test"]
+    assert commands[-1] == "exec make test"
+    assert [line for line in commands if "apt-get install" in line], "JupyterLab is tested in a browser"
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
     assert [step["run"] for step in jobs["steps"] if "run" in step] == ["bash .ci/run"]
     assert jobs["strategy"]["matrix"]["python"][0] == settings()["min_python"]
