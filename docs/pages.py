@@ -207,7 +207,8 @@ def contents(text: str) -> str:
     "Hidden tables of contents, one for each table of lessons in the index"
     trees = []
     for part in re.split(r"^###? ", text, flags=re.M)[1:]:
-        stems = list(dict.fromkeys(re.findall(r"^\| \[[^\]]+\]\((\d\d_\w+)\.ipynb\)", part, re.M)))
+        firsts = re.findall(r"^\| (\[.*?) \|", part, re.M)
+        stems = list(dict.fromkeys(stem for cell in firsts for stem in re.findall(r"\((\d\d_\w+)\.ipynb\)", cell)))
         if stems: trees.append((part.splitlines()[0], stems))
     trees.append(("Reference", ["leaderboard", "api/index", *(name.removesuffix(".md") for name in PROSE)]))
     return "\n\n".join(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(stems) + "\n```" for caption, stems in trees)
