@@ -1,13 +1,14 @@
 # make demo   install, then train the baseline and UDA on generated scenes and show what came out (5 minutes)
 # make test   install, then lint, check that notebooks and modules agree, and run every test and notebook
 # make lab    install, then open a copy of the notebooks (_lessons) in JupyterLab: running them changes nothing here
+# make site   the notebooks and modules as pages with search, in _site
 # Others: install, export (notebooks -> modules), readme, lint, clean
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lab export readme lint clean
+.PHONY: help install demo test lab site export readme lint clean
 
 ifdef PY
 READY :=
@@ -20,7 +21,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 install: $(READY)
 
@@ -34,7 +35,7 @@ install: $(READY)
 	echo "Making .venv with $$($$python --version) and installing; PyTorch is large, so the first time takes some minutes."; \
 	$$python -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip
-	.venv/bin/python -m pip install --progress-bar off -e '.[dev]'
+	.venv/bin/python -m pip install --progress-bar off -e '.[dev,browser]'
 	@touch $@
 
 demo: $(READY)
@@ -50,6 +51,10 @@ lab: $(READY)
 	@$(PY) -m semiseg_nb lessons _lessons
 	$(PY) -m jupyter lab --notebook-dir _lessons/nbs
 
+site: $(READY)
+	@$(PY) -c "import furo, latex2mathml, myst_nb" 2>/dev/null || $(PY) -m pip install --progress-bar off -e '.[site]'
+	$(PY) docs/build.py _site
+
 export: $(READY)
 	$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
 	$(PY) -c "from nbdev.clean import nbdev_clean; nbdev_clean()"
@@ -61,5 +66,5 @@ lint: $(READY)
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf _demo build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf _demo _site build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

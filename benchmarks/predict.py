@@ -10,7 +10,6 @@ import argparse
 import json
 import resource
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -32,16 +32,12 @@ from semiseg_nb.scenes import CLASSES, PALETTE, make_scenes
 from semiseg_nb.viz import overlay
 
 
-def write_tiff(path, side):
-    "An uncompressed RGB TIFF of side x side pixels, written row by row: scenes of 256 px, repeated"
+def write_tiff(path, side, **how):
+    "An RGB TIFF of side x side pixels, uncompressed unless told otherwise, written strip by strip: scenes of 256 px, repeated"
     tile = make_scenes([0], size=256)[0][0].permute(1, 2, 0).numpy()
-    entries = [(256, 4, side), (257, 4, side), (258, 3, 8), (259, 3, 1), (262, 3, 2), (273, 4, 4096), (277, 3, 3), (278, 4, side), (279, 4, 3 * side * side)]
-    with open(path, "wb") as f:
-        f.write(b"II*\0" + struct.pack("<IH", 8, len(entries)))
-        for tag, kind, value in entries: f.write(struct.pack("<HHII", tag, kind, 1, value))
-        f.write(b"\0" * (4096 - f.tell()))
-        rows = np.tile(tile, (1, -(-side // 256), 1))[:, :side]
-        for y in range(0, side, 256): f.write(rows[:side - y].tobytes())
+    rows = np.tile(tile, (1, -(-side // 256), 1))[:, :side]
+    strips = (rows[:side - y] for y in range(0, side, 256))
+    tifffile.imwrite(path, strips, shape=(side, side, 3), dtype=np.uint8, photometric="rgb", rowsperstrip=256, **how)
 
 
 def predictor(rule, size, width, model="unet"):
@@ -120,8 +116,8 @@ def main(a):
     torch.set_num_threads(a.threads)
     if a.alone: return alone(a)
     with tempfile.TemporaryDirectory() as name:
+        large = memory(a, Path(name))  # first: a new process counts the peak of the one that starts it as its own
         rates = speed(a, Path(name))
-        large = memory(a, Path(name))
     print(f"{a.images} pictures of {a.size} px, network at {a.training} px, batch {a.batch_size}:")
     for name, row in rates.items():
         print(f"    {name:14} {row['images_per_second']:6.2f} a second, {row['processor_seconds_per_image']:.4f} s of the processor each")

@@ -10,6 +10,7 @@ __all__ = ['IGNORED', 'GROUND', 'TURNS', 'MOST_UNPACKED', 'KINDS', 'class_table'
 import json
 import os
 import re
+import reprlib
 import shutil
 import zipfile
 from collections import Counter
@@ -34,10 +35,11 @@ from semiseg_nb.core import (
     temporary_name,
 )
 from .folders import PICTURES, SHARP, class_palette, one_form
-from .formats import READERS, Export, Picture, ToolFiles, as_colour, naming, tool_kinds
+from .formats import READERS, tool_kinds
 from .mask_files import is_manifest, pairs_of, read_masks
 from .pictures import image_size, read_mask
 from .rasters import Region, paint, pieces_of, region_runs, rle_text, trace_outlines
+from .tool_files import Export, Picture, ToolFiles, as_colour, naming, open_picture
 
 # %% ../nbs/50_annotations.ipynb #class-table
 IGNORED = {"ignore", "__ignore__"}  # classes of these names are 255
@@ -88,11 +90,15 @@ def class_table(
 
 
 def _class_colours(export: Export, names: Sequence, table: Mapping) -> list:
-    "One colour for each class: that of the source where all differ, else a palette's"
-    colours = list(class_palette(len(names)))
-    for name, colour in reversed(export.colours.items()):
-        if table.get(name, IGNORE) != IGNORE: colours[table[name]] = colour
-    return colours if len(set(colours)) == len(colours) else list(class_palette(len(names)))
+    "One colour for each class, all different: that of the source, or the next free of a palette"
+    own = {}
+    for name, colour in export.colours.items():
+        if table.get(name, IGNORE) != IGNORE and colour not in own.values():
+            own.setdefault(table[name], colour)
+    usual = class_palette(2 * len(names))
+    spare = (c for c in usual[len(names):] if c not in own.values())
+    free = [c if c not in own.values() else None for c in usual[:len(names)]]
+    return [own.get(i) or free[i] or next(spare) for i in range(len(names))]
 
 # %% ../nbs/50_annotations.ipynb #draw
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -442,16 +448,22 @@ def _masks_of(masks: str | Path | Mapping) -> dict:
                     "ids.")
 
 
-def _names_beside(masks: str | Path | Mapping) -> list:
-    "The class names in the dataset.json of a folder of masks or of the folder above"
+def _classes_beside(masks: str | Path | Mapping) -> dict:
+    "name -> colour, or None, in the dataset.json of a folder of masks or of the folder above"
     root = None if isinstance(masks, Mapping) else Path(masks).expanduser()
     places = (root / "dataset.json", root.parent / "dataset.json") if root else ()
     path = next((p for p in places if p.is_file()), None)
     info = read_json(path, "description") if path else {}
     rows = info.get("classes") if isinstance(info, dict) else None
-    names = [r.get("name") if isinstance(r, dict) else r for r in rows or ()]
-    if names: return names
-    raise UserError("export_coco needs the names of the classes: give classes=['background', ...].")
+    rows = [r if isinstance(r, dict) else {"name": r} for r in rows or ()]
+    return {r["name"]: r.get("color") for r in rows if isinstance(r.get("name"), str)}
+
+
+def _colours_inside(masks: Mapping) -> list:
+    "The colours in which the first mask file is shown, or []"
+    path = next((m for m in masks.values() if isinstance(m, Path)), None)
+    flat = open_picture(path).getpalette() if path and path.suffix.lower() == ".png" else None
+    return [tuple(flat[i:i + 3]) for i in range(0, len(flat), 3)] if flat else []
 
 
 def _coco_object(region: Region, shape: tuple, form: str) -> dict:
@@ -472,16 +484,28 @@ def export_coco(
     out: str | Path,  # the JSON file to write
     classes: Sequence | None = None,  # names in the order of ids; None: of the dataset.json there
     *,
+    colours: Sequence | None = None,  # (R,G,B) of each class; None: of dataset.json, or the masks'
     images: str | Path | None = None,  # their folder, for the endings of the file names
     form: Literal["rle", "polygon"] = "rle",
 ) -> Path:  # of the file
     "Write masks as COCO instances for an annotation tool; raises `UserError`"
-    names = list(classes) if classes is not None else _names_beside(masks)
+    beside = _classes_beside(masks)
+    names = list(classes if classes is not None else beside)
+    if not names:
+        raise UserError("export_coco needs the names of the classes: "
+                        "give classes=['background', ...].")
+    masks = _masks_of(masks)
+    shades = [as_colour(c) for c in colours or ()]
+    if colours is not None and (len(shades) != len(names) or None in shades):
+        raise UserError(f"colours is {reprlib.repr(colours)}, but it should be one (red, green, blue) "
+                        f"with values 0 to 255 for each of the {len(names)} classes.")
+    if colours is None: shades = [as_colour(beside.get(n)) for n in names]
+    if not any(shades): shades = _colours_inside(masks) + [None] * len(names)
     first = 0 if str(names[0]).lower() in GROUND else 1  # no tool wants an object 'background'
     ids = {i: i + first for i in range(1 - first, len(names))} | {IGNORE: 1000}
     source = ToolFiles(Path(images).expanduser()) if images is not None else None
     rows, annotations, used = [], [], set()
-    for number, (name, mask) in enumerate(_masks_of(masks).items(), 1):
+    for number, (name, mask) in enumerate(masks.items(), 1):
         a = np.asarray(read_mask(mask) if isinstance(mask, Path) else mask)
         values = np.unique(a).tolist()
         wrong = next((v for v in values if v not in range(len(names)) and v != IGNORE), None)
@@ -497,7 +521,8 @@ def export_coco(
             for region in pieces_of(a == value):
                 row = {"id": len(annotations) + 1, "image_id": number, "category_id": ids[value]}
                 annotations.append(row | _coco_object(region, a.shape, form))
-    categories = [{"id": k, "name": "ignore" if v == IGNORE else names[v]} for v, k in ids.items()
-                  if v != IGNORE or v in used]
+    categories = [{"id": k, "name": names[v]} | ({"color": list(shades[v])} if shades[v] else {})
+                  for v, k in ids.items() if v != IGNORE]
+    if IGNORE in used: categories.append({"id": ids[IGNORE], "name": "ignore"})
     info = {"images": rows, "annotations": annotations, "categories": categories}
     return atomic_write(out, lambda f: f.write(json.dumps(info).encode()))

@@ -367,4 +367,5 @@ def contact_sheet(
         pictures = list(pool.map(partial(_thumbnail, report=report, palette=palette, side=side), items))
     titles = ["\n".join([i.image.stem[-18:], ", ".join(reasons.get(i, []))[:24]]).strip() for i in items]
     suspects = sum(i in reasons for i in items)
-    return show_grid(pictures, titles, columns, cell=1.5, title=f"{suspects} that stand out, then a sample")
+    title = f"{suspects} that stand out, then a sample" if suspects else "Nothing stands out: a sample"
+    return show_grid(pictures, titles, columns, cell=1.5, title=title)

@@ -54,7 +54,8 @@ from .models import Segmenter, build_model, encoder_name
 from .records import make_record, write_record
 
 # %% ../nbs/60_experiment.ipynb #methods
-ABOVE = ("experiment", "checks", "verdict", "predict", "export", "command")  # above all methods
+ABOVE = (  # above all methods
+    "experiment", "checks", "runs", "budget", "verdict", "predict", "export", "command")
 
 
 def methods() -> dict[str, type | Callable]:  # name -> class or recipe, in the order of the names

@@ -19,7 +19,7 @@ from PIL import Image
 
 from .core import IGNORE, UserError, read_json
 from .folders import BLURRED, PICTURES, SHARP, one_form, read_text
-from semiseg_nb.formats import (
+from semiseg_nb.tool_files import (
     SPLITS,
     Export,
     Picture,

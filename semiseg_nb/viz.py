@@ -290,7 +290,7 @@ def controls(
     from IPython import display
     from ipywidgets import HBox, Image, Layout, VBox
 
-    picture = Image(format="png")
+    picture = Image(format="png", layout=Layout(align_self="flex-start", max_width="100%"))  # not stretched
     def values(): return {name: knob.value for name, knob in knobs.items()}
     def redraw(change=None): picture.value = to_png(draw(**values()))
 

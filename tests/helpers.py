@@ -5,7 +5,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from semiseg_nb.catalogue import load_task
 from semiseg_nb.data import Labelled
+from semiseg_nb.experiment import run
 from semiseg_nb.folders import class_palette
 
 
@@ -78,3 +80,26 @@ def in_memory(n=10, size=(6, 8), n_classes=3):
     g = torch.Generator().manual_seed(0)
     return Labelled([f"i{k}" for k in range(n)], torch.randint(0, 256, (n, 3, *size), generator=g, dtype=torch.uint8),
                     torch.randint(0, n_classes, (n, *size), generator=g, dtype=torch.uint8), n_classes)
+
+
+# ---------------------------------------------------------------- a folder of runs
+QUICK = dict(steps=2, batch_size=2, width=4, device="cpu", progress=False)
+
+
+def photos(root, test=False):
+    "8 training images with masks, 6 for validation, of 3 classes; on request a split `test` of 5"
+    sizes = {"train": 8, "val": 6} | ({"test": 5} if test else {})
+    for s, (split, n) in enumerate(sizes.items()):
+        for i in range(n):
+            picture(root / "images" / split / f"{split}{i}.png", (32, 32), 100 * s + i)
+            mask(root / "masks" / split / f"{split}{i}.png", (32, 32), seed=100 * s + i)
+    return root
+
+
+def two_methods(root, seeds=3):
+    "A folder with two steps of the baseline and of UDA, its task, and the arguments that load it"
+    data = dict(dataset="folder", data_root=str(photos(root / "photos", test=True)), n_labelled=4)
+    task = load_task(**data)
+    for seed in range(seeds):
+        for name in ("supervised", "uda"): run(name, task, seed=seed, data=data, out_dir=root / "runs", **QUICK)
+    return root / "runs", task, data

@@ -375,6 +375,41 @@ def test_a_set_without_background_comes_home_with_its_classes(tmp_path):
     assert (masks_in(tmp_path / "home")["a"] == truth).all()
 
 
+def colours_in(root): return [tuple(c["color"]) for c in json.loads((root / "dataset.json").read_text())["classes"]]
+
+
+@pytest.mark.parametrize("source", ["argument", "dataset.json", "palette of the masks"])
+def test_colours_go_out_and_come_home(tmp_path, source):
+    "Of every class but the background, which no tool wants as an object"
+    names, colours, mask = ["background", "sky", "tree"], [(9, 9, 9), (10, 200, 30), (0, 0, 250)], np.array([[0, 1], [2, 255]], np.uint8)
+    picture(tmp_path / "photos/a.png", size=(2, 2))
+    file = Image.fromarray(mask)
+    if source == "palette of the masks": file.putpalette(bytes(np.array(colours + [(0, 0, 0)] * 253, np.uint8)))
+    (tmp_path / "out/masks").mkdir(parents=True)
+    file.save(tmp_path / "out/masks/a.png")
+    if source == "dataset.json": (tmp_path / "out/dataset.json").write_text(json.dumps({"classes": [{"name": n, "color": c} for n, c in zip(names, colours)]}))
+    given = {"colours": colours} if source == "argument" else {}
+    path = export_coco(tmp_path / "out/masks", tmp_path / "photos/back.json", None if source == "dataset.json" else names, **given)
+    assert [c.get("color") for c in json.loads(path.read_text())["categories"]] == [[10, 200, 30], [0, 0, 250], None]
+    import_annotations(tmp_path / "photos", tmp_path / "home")
+    assert colours_in(tmp_path / "home") == [(0, 0, 0), (10, 200, 30), (0, 0, 250)]
+    assert Image.open(tmp_path / "home/masks/a.png").getpalette()[3:9] == [10, 200, 30, 0, 0, 250]
+
+
+def test_a_colour_that_two_classes_have_is_given_to_the_first_alone(tmp_path):
+    picture(tmp_path / "photos/a.png", size=(2, 2))
+    export_coco({"a": np.array([[0, 1], [2, 3]], np.uint8)}, tmp_path / "photos/x.json", list("abcd"), colours=[(5, 5, 5), (0, 0, 0), (7, 7, 7), (7, 7, 7)])
+    import_annotations(tmp_path / "photos", tmp_path / "home")
+    found = colours_in(tmp_path / "home")
+    assert [(5, 5, 5), (0, 0, 0), (7, 7, 7)] == found[1:4] and len(set(found)) == len(found) == 5, "black was the background's, before a class claimed it"
+
+
+@pytest.mark.parametrize("colours", [[(1, 2, 3)], [(1, 2, 3), (1, 2, 256)], "red"])
+def test_colours_that_are_none_are_refused(tmp_path, colours):
+    with pytest.raises(UserError, match="should be one .red, green, blue. with values 0 to 255 for each of the 2 classes"):
+        export_coco({"a": np.zeros((2, 2), np.uint8)}, tmp_path / "x.json", ["background", "sky"], colours=colours)
+
+
 def test_wrong_masks_are_not_exported(tmp_path):
     with pytest.raises(UserError, match="holds the value 7, but there are 5 classes"): export_coco({"a": np.full((3, 3), 7)}, tmp_path / "x.json", NAMES)
     with pytest.raises(UserError, match="needs the names of the classes"): export_coco({"a": np.zeros((3, 3))}, tmp_path / "x.json")

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from helpers import plain_folder
 from PIL import Image
 
 from semiseg_nb.annotations import export_coco
-from semiseg_nb.command import describe_method, lessons_home, main, nested, read_parameters, sort_names
+from semiseg_nb.command import describe_method, lessons_home, main, nested, one_by_one, parse, read_parameters, sort_names
 from semiseg_nb.core import UserError
 from semiseg_nb.experiment import methods
 from semiseg_nb.scenes import CLASSES, make_scenes
@@ -56,11 +57,54 @@ def test_a_parameter_file(tmp_path):
     with pytest.raises(UserError, match=r"c\.yaml cannot be read \(No such file"): read_parameters(tmp_path / "c.yaml")
 
 
+# ---------------------------------------------------------------- the order of the words
+
+def same_in_any_order(command, parts):
+    "What is parsed of some parts, each of which keeps its own words together, in whatever order they stand"
+    found = [vars(parse([command, *(word for part in order for word in part.split())])) for order in permutations(parts)]
+    for space in found:
+        for name, value in space.items():
+            if name == "values": value.sort()
+            assert value == found[0][name], (name, value)
+    return found[0]
+
+
+def test_train_takes_its_words_in_any_order():
+    found = same_in_any_order("train", ["uda", "steps=3", "--seeds 0 1", "size=32", "--alone", "--device cpu"])
+    assert (found["method"], found["values"], found["seeds"], found["alone"], found["device"]) == ("uda", ["size=32", "steps=3"], [0, 1], True, "cpu")
+    found = same_in_any_order("train", ["uda", "-f p.yaml", "--seeds 7", "--data mine", "threshold=0.5"])
+    assert (found["file"], found["seeds"], found["data"]) == ("p.yaml", [7], "mine")
+
+
+def test_options_may_stand_between_pictures():
+    found = same_in_any_order("predict", ["model a.png b.png out", "--flip", "--tile 32", "--device cpu"])
+    assert (found["model"], found["places"], found["flip"], found["tile"]) == ("model", ["a.png", "b.png", "out"], True, 32)
+    found = vars(parse("predict model a.png --flip b.png --batch-size 2 out".split()))
+    assert (found["places"], found["batch_size"]) == (["a.png", "b.png", "out"], 2)
+
+
+@pytest.mark.parametrize("command", ["report", "verdict"])
+def test_a_folder_that_may_be_left_out_stands_anywhere(command):
+    option = {"report": "--all", "verdict": "--json"}[command]
+    assert same_in_any_order(command, ["mine", option])["folder"] == "mine" and vars(parse([command, option]))["folder"] == "runs"
+
+
+def test_several_numbers_are_several_options():
+    assert one_by_one("--seeds 0 1 steps=3 --seeds 2 x 4".split()) == "--seeds 0 --seeds 1 steps=3 --seeds 2 x 4".split()
+    assert vars(parse("train uda --seeds 0 1 --seed 2 --seeds=3".split()))["seeds"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("words", ["train uda --seed", "train uda --seeds one", "train uda --sides 3", "score a b", "predict model a.png --flop out"])
+def test_a_strange_word_stops_the_command(words, capsys):
+    with pytest.raises(SystemExit) as end: parse(words.split())
+    assert end.value.code == 2 and "error: " in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- train, score, report
 
 def test_train_score_and_report(tmp_path, capsys):
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({"threshold": 0.5, "steps": 100}))
-    main(["train", "uda", *QUICK, "-f", str(tmp_path / "p.yaml"), "--seeds", "0", "1", "--out", str(tmp_path / "runs"), "--device", "cpu"])
+    main(["train", "--seeds", "0", "1", "uda", "-f", str(tmp_path / "p.yaml"), *QUICK, "--out", str(tmp_path / "runs"), "--device", "cpu"])
     said = [line for line in capsys.readouterr().out.splitlines() if "mIoU" in line and "seed" in line]
     assert [f"seed {k}" in line for k, line in enumerate(said)] == [True, True]
     records = [json.loads(p.read_text()) for p in (tmp_path / "runs").rglob("uda-*.json")]
@@ -77,7 +121,7 @@ def test_train_score_and_report(tmp_path, capsys):
     main(["report", str(tmp_path / "runs")])
     assert "no records of runs long enough" in capsys.readouterr().out
     (folder / "weights.safetensors").unlink()
-    assert "holds no finished run" in fails("score", folder)
+    assert "is not finished: start the same training again" in fails("score", folder)
 
 
 def test_a_folder_of_ones_own(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """The doctor: what is used, twins, suspects, groups, the same sentences as training."""
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,9 +9,12 @@ import torch
 from helpers import mask, official_folder, picture, plain_folder
 from PIL import Image
 
+from semiseg_nb import doctor
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
 from semiseg_nb.doctor import check_folder, contact_sheet
+
+LESSON = Path(__file__).resolve().parents[1] / "nbs/50_doctor.ipynb"
 
 
 @pytest.fixture
@@ -189,3 +194,13 @@ def test_one_hot_pixel_does_not_darken_a_folder_unseen(plain):
     (plain / "dataset.json").write_text(json.dumps({"white": 10, "black": 20}))
     with pytest.raises(UserError, match="gives black 20 and white 10"): load_task("folder", plain, n_labelled=3)
     picture(plain / "images/p00.png")
+
+
+# ---------------------------------------------------------------- the lesson
+def test_the_solutions_of_the_lesson(tmp_path):
+    cells = {c["id"]: "".join(c["source"]) for c in json.loads(LESSON.read_text(encoding="utf-8"))["cells"]}
+    solutions = [code for k in range(1, 5) for code in re.findall(r"```python\n(.*?)```", cells[f"solution-{k}"], re.S)]
+    assert len(solutions) == 4 and all("assert" in code for code in solutions)
+    names = vars(doctor) | {"__name__": "lesson"}
+    for code in (cells["notebook-imports"], cells["twins-check"], *solutions): exec(code, names)
+    names["temporary"].cleanup()

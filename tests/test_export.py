@@ -3,10 +3,12 @@ import importlib.util
 import json
 import subprocess
 import sys
+import types
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from helpers import awkward_folder
 from PIL import Image
@@ -24,6 +26,7 @@ from semiseg_nb.supervised import Supervised
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 onnx_only = pytest.mark.skipif(not ONNX, reason="the extra [export] is not installed")
 PALETTE = [[0, 0, 0], [200, 0, 0], [0, 0, 200]]
+PYRAMID = {"model": "psp", "encoder": "test_efficientnet"}  # regions of every size, padding, an encoder at stride 8 with gates, in few layers
 
 
 def predictor(rule="native", reading=None, **net):
@@ -38,6 +41,19 @@ def predictor(rule="native", reading=None, **net):
             made.eval().head.weight.mul_(10)
             made.head.bias.sub_(made(x).mean((0, 2, 3)))
     return Predictor(made, card)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    "A network is traced once, for both forms of its export"
+    known, traced = {}, export.traced
+
+    def once(model):
+        if model.fingerprint not in known: known[model.fingerprint] = traced(model)
+        return known[model.fingerprint]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "traced", once)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +93,8 @@ def test_the_card_is_inside_and_beside(exported):
 
 @onnx_only
 @pytest.mark.slow
-@pytest.mark.parametrize("net", [dict(model="deeplabv3"), dict(model="psp"), dict(encoder="mobilenetv3_small_050"), dict(model="psp", encoder="resnet10t")],
-                         ids=lambda n: "-".join(n.values()))
-def test_every_network_and_two_encoders(net, tmp_path):
+@pytest.mark.parametrize("net", [dict(model="deeplabv3"), dict(model="psp"), dict(model="unet", encoder="mobilenetv3_small_050"), PYRAMID], ids=lambda n: "-".join(n.values()))
+def test_other_networks_and_an_encoder(net, tmp_path):
     found = export_onnx(predictor(**net), tmp_path)
     assert set(found) == set(SIZES) and max(found.values()) <= TOLERANCE
 
@@ -110,8 +125,32 @@ def test_the_script_beside_it_predicts_as_the_predictor_does(exported, tmp_path,
     labels = model(tmp_path / "photo.png").labels
     assert mask.getpalette()[:9] == [c for rgb in PALETTE for c in rgb] and mask.size == labels.shape[::-1] and len(labels.unique()) > 1
     assert float((torch.from_numpy(np.array(mask)) == labels).float().mean()) > 0.999
+    assert "tifffile" not in (folder / "predict.py").read_text().splitlines()[0]
     lines = [line for line in (tmp_path / "predict.py").read_text().splitlines() if line.strip() and not line.startswith(("import", "from", '"""'))]
-    assert len(lines) <= 30
+    assert len(lines) <= 45
+
+
+@onnx_only
+@pytest.mark.parametrize("planes", [False, True], ids=["pixel after pixel", "band after band"])
+@pytest.mark.parametrize("bands", [[5, 1, 3], [4]], ids=str)
+def test_chosen_bands_are_those_of_training(tmp_path, monkeypatch, exported, bands, planes):
+    model = predictor(reading={"bands": bands, "white": 4095})
+    monkeypatch.setattr(export, "into_place", lambda model, data, path: path.write_bytes((exported[0] / "model.onnx").read_bytes()))
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: types.SimpleNamespace(model=types.SimpleNamespace(metadata_props={}), model_proto=types.SimpleNamespace(SerializeToString=bytes)))
+    export_onnx(model, tmp_path)
+    known = json.loads((tmp_path / "card.json").read_text())
+    assert known["reading"]["bands"] == bands and f"channels {bands} of the file as RGB, counted from 1" in known["input"]
+    assert "tifffile for TIFFs" in (tmp_path / "predict.py").read_text().splitlines()[0]
+    a = np.random.default_rng(0).integers(0, 4096, (61, 83, 5)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "x.tif", a.transpose(2, 0, 1) if planes else a, photometric="minisblack", planarconfig="separate" if planes else "contig")
+    hidden(tmp_path / "predict.py", tmp_path / "x.tif", tmp_path / "mask.png")
+    b = a[..., [n - 1 for n in bands] * (3 // len(bands))] / 4095 * 255
+    labels = model(b.round().astype(np.uint8)).labels
+    assert len(labels.unique()) > 1 and float((torch.from_numpy(np.array(Image.open(tmp_path / "mask.png"))) == labels).float().mean()) > 0.999
+    tifffile.imwrite(tmp_path / "y.tif", a[..., :3], photometric="rgb")
+    words = [sys.executable, tmp_path / "predict.py", tmp_path / "y.tif", tmp_path / "mask.png"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode and done.stderr.strip() == f"bands are {bands}, but the picture has 3 channel(s)."
 
 
 @onnx_only
@@ -141,7 +180,7 @@ def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
 # ---------------------------------------------------------------- torch.export
 
 @pytest.mark.slow
-@pytest.mark.parametrize("net", [dict(), dict(model="psp"), dict(encoder="resnet10t")], ids=str)
+@pytest.mark.parametrize("net", [dict(), dict(model="psp"), dict(encoder="test_efficientnet")], ids=str)
 def test_a_pt2_file_holds_network_and_card(net, tmp_path):
     model = predictor(**net)
     found = export_pt2(model, tmp_path / "street")
@@ -155,6 +194,13 @@ def test_a_pt2_file_holds_network_and_card(net, tmp_path):
 
 def test_sizes_are_rounded_up_without_negative_numbers():
     assert [padded(n) for n in (1, 31, 32, 33, 64)] == [32, 32, 32, 64, 64]
+
+
+@pytest.mark.slow
+def test_an_operation_that_pt2_cannot_hold_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"m.pt2' was not written: this PyTorch cannot store .*ceil.*export it as .onnx"):
+        export_pt2(predictor(model="psp", encoder="resnet10t"), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", [(9, 7), (6, 6), (1, 5), (13, 64)])

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from semiseg_nb.core import UserError
-from semiseg_nb.formats import READERS, ToolFiles, as_colour, tool_kinds
+from semiseg_nb.formats import READERS, tool_kinds
+from semiseg_nb.tool_files import ToolFiles, as_colour
 
 
 def image(path, size=(8, 6), **more):
@@ -149,11 +150,63 @@ def test_cvat_shapes(tmp_path):
     (cvat("<polygon label='x' points='1,2;3'/>"), None), (cvat("<polygon label='x'/>"), "points that are no pairs"), (cvat("<box label='x' xtl='3' ytl='0' xbr='2' ybr='2'/>"), "sizes are not negative"),
     (cvat("<box label='x' xtl='nan' ytl='0' xbr='2' ybr='2'/>"), "but numbers are right"), (cvat("<mask label='x' rle='a' left='0' top='0' width='2' height='2'/>"), "an rle that is no list"),
     (cvat("<mask label='x' rle='4' left='0' top='0' width='-2' height='2'/>"), "a mask of -2 x 2"), (cvat(attributes="width='8'"), "width, height as"),
-    ("<annotations><track id='0'/></annotations>", "the tracks of a video: export it from CVAT as 'CVAT for images 1.1'"), (cvat()[:-9], "no whole XML"),
+    ("<annotations><track id='0'/></annotations>", r"a.xml' holds the tracks of a video, but no image frame_000000 lies beside it: export it from CVAT with its images"), (cvat()[:-9], "no whole XML"),
     ("<!DOCTYPE x [<!ENTITY a 'b'>]>" + cvat(), "entities of its own"),
 ])
 def test_what_cvat_may_not_hold(tmp_path, text, says):
     with pytest.raises(UserError, match=says): drawn(READERS["cvat"](written(tmp_path, "a.xml", text)))
+
+
+def track(label, *elements): return f"<track id='0' label='{label}'>{''.join(elements)}</track>"
+def square(frame, x, outside=0): return f"<polygon frame='{frame}' outside='{outside}' points='{x},0;{x + 2},0;{x + 2},2;{x},2'/>"
+def points(frame, outside): return f"<points frame='{frame}' outside='{outside}' points='1,1'/>"
+def box(frame, x): return f"<box frame='{frame}' outside='0' z_order='1' xtl='{x}' ytl='0' xbr='{x + 2}' ybr='2'/>"
+
+
+def video(folder, *tracks, frames=range(6), name="frame_{:06d}.PNG"):
+    for n in frames: image(folder / "images" / name.format(n), (6, 2))
+    (folder / "annotations.xml").write_text(f"<annotations><version>1.1</version>{''.join(tracks)}</annotations>")
+    return folder
+
+
+def rows(export, n=6): return ["".join(".ob"[v + 1] for v in drawn(export, (2, 6), i)[0]) for i in range(n)]
+
+
+def test_the_tracks_of_a_video(tmp_path):
+    "By hand: a ball that CVAT moved through frames 0 to 2 and that leaves at 3; above it a box that is listed at 0 and 4 alone"
+    ball = track("ball", square(1, 1), square(0, 0), square(2, 2), square(3, 2, outside=1))
+    image(tmp_path / "images/poster.png")
+    source = video(tmp_path, ball, track("box", "<attribute name='wet'>no</attribute>", box(0, 3), box(4, 0)), track("ball", points(1, 0), points(2, 1)))
+    export = READERS["cvat"](ToolFiles(source))
+    assert export.names == ["ball", "box"] and rows(export) == ["oo.bb.", ".oobb.", "..obb.", "...bb.", "bb....", "bb...."]
+    assert [p.path.name for p in export.pictures] == [*(f"frame_{i:06d}.PNG" for i in range(6)), "poster.png"]
+    assert export.pictures[-1].shapes is None and {p.group for p in export.pictures} == {None}
+    said = " ".join(export.notes)
+    assert "In 4 frame(s) of" in said and "is one video, whose frames look alike" in said and "1 object(s) of the kinds points" in said and not export.problems
+
+
+def test_frames_of_several_videos(tmp_path):
+    "Each file takes the frames in its own folder, every fifth here; the frames of one video stay together"
+    for name, x in (("a", 0), ("b", 3)): video(tmp_path / name, track("ball", square(5, x)), frames=(0, 5, 10))
+    export = READERS["cvat"](ToolFiles(tmp_path))
+    assert rows(export) == ["......", "oo....", "oo....", "......", "...oo.", "...oo."]
+    assert [p.group for p in export.pictures] == ["a"] * 3 + ["b"] * 3
+
+
+def test_frames_that_are_not_there_or_there_twice(tmp_path):
+    export = READERS["cvat"](ToolFiles(video(tmp_path / "a", track("ball", square(0, 0), square(9, 0, outside=1)), track("ball", square(8, 1)), frames=[0])))
+    assert rows(export, 1) == ["oo...."] and export.problems == [f"1 image(s) that '{tmp_path / 'a/annotations.xml'}' lists are not there, 'frame_000008' the first: they are left out."]
+    for name, says in (("photo_{:02d}.png", r"b.annotations.xml' holds the tracks of a video, but no image frame_000000 lies beside it: export it from CVAT with its images, or as"),
+                       ("frame_{:02d}.png", None), ("frame_{:03d}.png", r"Frame 0 of '.*' can be '.*frame_00.png' or '.*frame_000.png': keep one")):
+        source = ToolFiles(video(tmp_path / "b", track("ball", square(0, 0)), frames=[0], name=name))
+        if says is None:
+            assert rows(READERS["cvat"](source), 1) == ["oo...."]
+            continue
+        with pytest.raises(UserError, match=says): READERS["cvat"](source)
+    video(tmp_path / "c", track("ball", square("'x", 0)), frames=[0])
+    with pytest.raises(UserError, match="no whole XML"): READERS["cvat"](ToolFiles(tmp_path / "c"))
+    video(tmp_path / "c", track("ball", square("x", 0)), frames=[0])
+    with pytest.raises(UserError, match=r"Track 0 of '.*' gives frame as \['x'\], but numbers are right"): READERS["cvat"](ToolFiles(tmp_path / "c"))
 
 
 # ---------------------------------------------------------------- YOLO

@@ -6,8 +6,8 @@ from PIL import Image
 
 from semiseg_nb.annotations import import_annotations
 from semiseg_nb.core import UserError
-from semiseg_nb.formats import ToolFiles
 from semiseg_nb.mask_files import pairs_of, read_masks
+from semiseg_nb.tool_files import ToolFiles
 
 
 def save(path, array, **more):

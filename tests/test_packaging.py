@@ -12,7 +12,7 @@ import pytest
 from semiseg_nb.command import parse
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = (".git", ".venv", "_demo", "_lessons", "_runs", "_docs", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".ipynb_checkpoints")
+LEFT_OUT = (".git", ".venv", "_demo", "_lessons", "_runs", "_docs", "_site", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".ipynb_checkpoints")
 NOTEBOOKS = {p.name for p in (ROOT / "nbs").glob("*.ipynb")}
 
 
@@ -61,7 +61,7 @@ def test_the_source_archive_holds_all_that_make_test_needs(built):
     wanted = ["Makefile", "environment.yml", "settings.ini", "setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff",
               "LICENSE", ".ci/run", ".pre-commit-config.yaml", ".github/workflows/ci.yml", "semiseg_nb/py.typed"]
     assert set(wanted) <= held
-    for pattern in ("nbs/*.ipynb", "nbs/params/*", "nbs/splits/*", "nbs/weights/*", "results/**/*.json", "tests/*.py", "tests/parity/*", "scripts/*.py", "benchmarks/*.py"):
+    for pattern in ("nbs/*.ipynb", "nbs/params/*", "nbs/splits/*", "nbs/weights/*", "results/**/*.json", "tests/*.py", "tests/parity/*", "scripts/*.py", "docs/*.py", "docs/static/*", "benchmarks/*.py"):
         assert names(pattern) <= held, pattern
 
 

@@ -14,29 +14,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from semiseg_nb import predict
+from semiseg_nb import large_pictures, predict
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.checkpoint import read_weights, save_weights
 from semiseg_nb.core import UserError
 from semiseg_nb.experiment import run
+from semiseg_nb.large_pictures import LargePicture, SmallPicture, open_raster
 from semiseg_nb.models import build_model
-from semiseg_nb.predict import (
-    LargePicture,
-    Predictor,
-    SmallPicture,
-    at_size,
-    enlarged,
-    find_jobs,
-    load_model,
-    mapped_tiff,
-    open_raster,
-    predict_files,
-    windows,
-    write_png,
-)
+from semiseg_nb.pictures import read_image
+from semiseg_nb.predict import Predictor, enlarged, find_jobs, load_model, predict_files, windows
 
 ROOT = Path(__file__).resolve().parents[1]
-GEO = importlib.util.find_spec("rasterio") is not None
+geo_only = pytest.mark.skipif(not importlib.util.find_spec("rasterio"), reason="the extra [geo] is not installed")
 PALETTE = [[0, 0, 0], [200, 0, 0], [0, 0, 200]]
 
 
@@ -129,7 +118,7 @@ def test_native_images_stay_and_others_are_resized_as_training_did():
 def test_a_resized_image_is_that_of_training_and_its_logits_are_enlarged(tmp_path):
     net, x = build_model("unet", 3, width=2).eval(), save(colours(50, 71), tmp_path / "x.png")
     said = Predictor(net, card("resize"))(tmp_path / "x.png")
-    small = predict.read_image(tmp_path / "x.png", size=(16, 16))
+    small = read_image(tmp_path / "x.png", size=(16, 16))
     with torch.no_grad(): z = F.interpolate(net(small[None].float() / 255), (50, 71), mode="bilinear", align_corners=False)[0]
     assert torch.equal(said.labels, z.argmax(0).byte()) and said.labels.shape == x.shape[1:]
     torch.testing.assert_close(said.confidence, z.softmax(0).amax(0), atol=1e-5, rtol=0)
@@ -212,52 +201,11 @@ def test_a_picture_too_large_for_one_pass_is_cut_by_itself(monkeypatch):
 
 @pytest.fixture
 def large(monkeypatch):
-    "Every file is large, and no library helps"
-    monkeypatch.setattr(predict, "IN_MEMORY", 100)
-    monkeypatch.setattr(predict, "SMALL", 900)
+    "Every file is large, and no library but tifffile helps"
+    for module in (large_pictures, predict): monkeypatch.setattr(module, "SMALL", 900)
+    monkeypatch.setattr(large_pictures, "IN_MEMORY", 100)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    monkeypatch.setattr(predict, "rasterio_or_none", lambda: None)
-
-
-def test_a_large_uncompressed_tiff_is_read_by_windows(large, tmp_path):
-    x = save(colours(61, 47), tmp_path / "x.tif")
-    picture = open_raster(tmp_path / "x.tif")
-    assert isinstance(picture, LargePicture) and picture.size == (61, 47)
-    assert torch.equal(picture.window(10, 20, 30, 7), x[:, 10:40, 20:27])
-    small = at_size(picture, (15, 11))
-    exact = at_size(SmallPicture(x), (15, 11))
-    assert small.shape == exact.shape and (small.float() - exact.float()).abs().mean() < 6
-
-
-@pytest.mark.parametrize("mode", ["L", "I;16", "F"])
-def test_grey_and_deep_tiffs_by_windows_are_as_in_training(large, tmp_path, mode):
-    a = np.random.default_rng(0).integers(0, 4000 if mode != "L" else 256, (30, 40)).astype({"L": np.uint8, "I;16": np.uint16, "F": np.float32}[mode])
-    Image.fromarray(a).save(tmp_path / "x.tif")
-    for reading in ({}, {"white": 4095}) if mode != "L" else ({},):
-        picture = open_raster(tmp_path / "x.tif", reading)
-        assert isinstance(picture, LargePicture)
-        Image.MAX_IMAGE_PIXELS = None
-        wanted = predict.read_image(tmp_path / "x.tif", **reading)
-        Image.MAX_IMAGE_PIXELS = 100
-        assert torch.equal(picture.window(3, 5, 20, 30), wanted[:, 3:23, 5:35])
-
-
-def test_bands_are_chosen_and_levels_spread_by_windows():
-    a = np.random.default_rng(0).integers(0, 3000, (6, 5, 4)).astype(np.uint16)
-    picture = LargePicture((6, 5), lambda top, left, h, w: a[top:top + h, left:left + w], white=2000, black=500, bands=[4, 2, 1])
-    wanted = ((a[1:4, :, [3, 1, 0]].astype(np.float32) - 500) / 1500 * 255).clip(0, 255).round()
-    assert np.array_equal(picture.window(1, 0, 3, 5).permute(1, 2, 0).numpy(), wanted.astype(np.uint8))
-    grey = LargePicture((6, 5), lambda top, left, h, w: a[top:top + h, left:left + w, 1:2], white=2000).window(0, 0, 6, 5)
-    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
-
-
-def test_a_large_file_of_another_kind_names_the_extra(large, tmp_path):
-    for name, how in (("x.png", {}), ("c.tif", {"compression": "tiff_lzw"})):
-        save(colours(61, 47), tmp_path / name, **how)
-        with pytest.raises(UserError, match=r"too large to be read at once: save it as an uncompressed TIFF, or install the extra .*semiseg_nb\[geo\]"):
-            open_raster(tmp_path / name)
-    save(colours(61, 47), tmp_path / "x.tif", tiffinfo={274: 6})
-    with pytest.raises(UserError, match="too large to be read with an orientation"): open_raster(tmp_path / "x.tif")
+    monkeypatch.setattr(large_pictures, "rasterio_or_none", lambda: None)
 
 
 def test_a_large_file_is_predicted_as_a_small_one(large, tmp_path):
@@ -271,7 +219,6 @@ def test_a_large_file_is_predicted_as_a_small_one(large, tmp_path):
         Image.MAX_IMAGE_PIXELS = 100
         assert labels.shape == (61, 47) and shown.size == (47, 61)
         if rule == "native": assert torch.equal(labels, brightest(x))
-    assert mapped_tiff(tmp_path / "in/x.tif") and not mapped_tiff(tmp_path / "native/masks/x.png")
 
 
 @pytest.mark.slow
@@ -292,17 +239,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout.split()[-1]) < 120
-
-
-def test_a_png_written_by_rows_is_a_png(tmp_path):
-    a = np.random.default_rng(0).integers(0, 3, (17, 23)).astype(np.uint8)
-    for palette in (None, PALETTE):
-        f = io.BytesIO()
-        write_png(f, a.shape, [a[:5], a[5:6], a[6:]], palette)
-        picture = Image.open(f)
-        picture.load()
-        assert np.array_equal(np.array(picture), a) and picture.mode == ("P" if palette else "L")
-        if palette: assert picture.getpalette()[:9] == [c for rgb in PALETTE for c in rgb]
 
 
 # ---------------------------------------------------------------- files
@@ -413,24 +349,76 @@ def test_a_path_is_a_model_and_arguments_are_checked(trained, photos, tmp_path):
         with pytest.raises(UserError, match=text): quiet(result.folder, photos[0], tmp_path / "out2", **wrong)
 
 
-@pytest.mark.skipif(not GEO, reason="the extra [geo] is not installed")
-def test_a_georeferenced_tiff_keeps_its_place(tmp_path, monkeypatch):
+def write_geo(path, x, **more):
+    "A GeoTIFF of UTM zone 32 N, half a metre a pixel; its place"
     import rasterio
     from rasterio.transform import from_origin
-    x, place = colours(70, 90), dict(crs="EPSG:32632", transform=from_origin(500000, 5300000, 0.5, 0.5))
-    (tmp_path / "in").mkdir()
-    with rasterio.open(tmp_path / "in/x.tif", "w", driver="GTiff", width=90, height=70, count=3, dtype="uint8", tiled=True, blockxsize=16, blockysize=16, compress="lzw", **place) as f:
-        f.write(x.numpy())
-    model = Predictor(Brightest(), card())
-    for n in (predict.IN_MEMORY, 100):
-        monkeypatch.setattr(predict, "IN_MEMORY", n)
-        said = quiet(model, tmp_path / "in", tmp_path / f"out{n}", tile=32)
-        assert isinstance(open_raster(tmp_path / "in/x.tif"), SmallPicture if n > 100 else LargePicture) and not said.failed
-        with rasterio.open(tmp_path / f"out{n}/masks/x.tif") as f:
-            assert f.crs == rasterio.crs.CRS.from_epsg(32632) and f.transform == place["transform"]
-            assert torch.equal(torch.from_numpy(f.read(1)), brightest(x)) and f.colormap(1)[1] == (200, 0, 0, 255)
-        with rasterio.open(tmp_path / f"out{n}/confidence/x.tif") as f: assert f.transform == place["transform"]
-    monkeypatch.setattr(predict, "rasterio_or_none", lambda: None)
-    monkeypatch.setattr(predict, "IN_MEMORY", 2**25)
-    said = quiet(model, tmp_path / "in", tmp_path / "plain")
+    place = dict(crs="EPSG:32632", transform=from_origin(500000, 5300000, 0.5, 0.5))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile = dict(driver="GTiff", width=x.shape[2], height=x.shape[1], count=len(x), dtype=str(x.dtype), tiled=True, blockxsize=16, blockysize=16, compress="lzw")
+    with rasterio.open(path, "w", **profile, **place, **more) as f: f.write(x)
+    return rasterio.crs.CRS.from_epsg(32632), place["transform"]
+
+
+@geo_only
+@pytest.mark.parametrize("most", [2**25, 100], ids=["in memory", "by rows"])
+def test_a_georeferenced_tiff_keeps_its_place(tmp_path, monkeypatch, most):
+    import rasterio
+    x = colours(70, 90)
+    place = write_geo(tmp_path / "in/x.tif", x.numpy())
+    monkeypatch.setattr(large_pictures, "IN_MEMORY", most)
+    said = quiet(Predictor(Brightest(), card()), tmp_path / "in", tmp_path / "out", tile=32)
+    assert isinstance(open_raster(tmp_path / "in/x.tif"), SmallPicture if most > 100 else LargePicture) and not said.failed
+    with rasterio.open(tmp_path / "out/masks/x.tif") as f:
+        assert (f.crs, f.transform, f.nodata) == (*place, 255) and f.colormap(1)[1] == (200, 0, 0, 255)
+        assert torch.equal(torch.from_numpy(f.read(1)), brightest(x))
+    with rasterio.open(tmp_path / "out/confidence/x.tif") as f: assert (f.crs, f.transform, f.nodata) == (*place, None)
+
+
+@geo_only
+def test_without_the_extra_a_note_says_what_is_missing(tmp_path, monkeypatch):
+    write_geo(tmp_path / "in/x.tif", colours(70, 90).numpy())
+    for module in (large_pictures, predict): monkeypatch.setattr(module, "rasterio_or_none", lambda: None)
+    said = quiet(Predictor(Brightest(), card()), tmp_path / "in", tmp_path / "plain")
     assert "semiseg_nb[geo]" in str(said) and (tmp_path / "plain/masks/x.png").is_file()
+
+
+@geo_only
+@pytest.mark.parametrize("rule", ["native", "resize"])
+@pytest.mark.parametrize("most", [2**25, 100], ids=["in memory", "by rows"])
+@pytest.mark.parametrize("kind", ["value", "nan", "alpha"])
+def test_pixels_without_data_have_no_label_and_no_confidence(tmp_path, monkeypatch, kind, most, rule):
+    import rasterio
+    x, more = colours(70, 90).numpy(), {}
+    empty = np.zeros((70, 90), bool)
+    empty[:13, 40:] = empty[66:] = empty[30, 30] = True
+    a = x.clip(1, 254)
+    if kind == "nan":
+        a, more = a.astype(np.float32), {"nodata": float("nan")}
+        a[:, empty] = np.nan
+    elif kind == "value": a[:, empty], more = 0, {"nodata": 0}
+    else: a, more = np.concatenate([a, np.where(empty, 0, 255)[None].astype(np.uint8)]), {"photometric": "RGB", "alpha": "yes"}
+    place = write_geo(tmp_path / "in/x.tif", a, **more)
+    monkeypatch.setattr(large_pictures, "IN_MEMORY", most)
+    model = Predictor(Brightest(), card(rule, training=(70, 90)))
+    said = quiet(model, tmp_path / "in", tmp_path / "out")
+    assert said.done == ["x"] and not said.failed
+    truth = torch.where(torch.from_numpy(empty), 255, brightest(torch.from_numpy(x.clip(1, 254))))
+    with rasterio.open(tmp_path / "out/masks/x.tif") as f:
+        assert (f.crs, f.transform, f.nodata) == (*place, 255)
+        assert torch.equal(torch.from_numpy(f.read(1)), truth.byte()) and np.array_equal(f.read_masks(1) == 0, empty)
+    with rasterio.open(tmp_path / "out/confidence/x.tif") as f: assert np.array_equal(f.read(1) == 0, empty)
+    one = model(tmp_path / "in/x.tif")
+    assert torch.equal(one.labels, truth.byte()) and np.array_equal(one.confidence == 0, empty)
+
+
+@geo_only
+def test_a_mask_without_a_place_holds_255_with_a_colour(tmp_path):
+    import rasterio
+    x = colours(20, 30).clip(1).numpy()
+    x[:, :5] = 0
+    with rasterio.open(tmp_path / "x.tif", "w", driver="GTiff", width=30, height=20, count=3, dtype="uint8", nodata=0) as f: f.write(x)
+    quiet(Predictor(Brightest(), card()), tmp_path / "x.tif", tmp_path / "out")
+    mask = Image.open(tmp_path / "out/masks/x.png")
+    labels = np.array(mask)
+    assert (labels[:5] == 255).all() and (labels[5:] < 3).all() and mask.getpalette()[3 * 255:] == [150] * 3

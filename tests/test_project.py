@@ -25,20 +25,23 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 FLOORS = {
     0: ["core"],
     1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "rasters", "viz"],
-    2: ["folders", "formats", "mask_files", "annotations", "doctor", "catalogue", "clock", "checkpoint", "engine", "records"],
+    2: ["folders", "tool_files", "formats", "mask_files", "annotations", "doctor", "catalogue", "clock", "checkpoint", "engine", "records", "large_pictures"],
     3: ["supervised", "adversarial", "ganaugment", "bank"],  # the baseline, and pieces that several methods share
-    5: ["tags", "continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
+    5: ["tags", "continuation", "failures", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
-    7: ["checks", "verdict", "predict", "export"],  # what people do with the results
+    7: ["checks", "runs", "budget", "verdict", "predict", "export", "ablations"],  # what people do with the results
     8: ["command"],  # all of it from a terminal
 }
 FLOOR = dict.fromkeys(MODULES, 4) | {name: floor for floor, names in FLOORS.items() for name in names}  # any other module is a method
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("doctor", "folders"), ("catalogue", "doctor"),  # a folder is read, looked at, and then cut into a task
     ("catalogue", "folders"),  # a folder of one's own is one of the data sets
-    ("formats", "folders"), ("mask_files", "folders"), ("annotations", "folders"),  # importers write the layout that `folders` reads
-    ("mask_files", "formats"), ("annotations", "formats"), ("annotations", "mask_files"),  # tools, then pictures, then the import of both
+    ("tool_files", "folders"), ("formats", "folders"), ("mask_files", "folders"), ("annotations", "folders"),  # importers write the layout that `folders` reads
+    ("formats", "tool_files"), ("mask_files", "tool_files"), ("annotations", "tool_files"),  # all read into one form
+    ("annotations", "formats"), ("annotations", "mask_files"),  # tools, then pictures, then the import of both
     ("records", "engine"),  # a record is made from a run
+    ("budget", "runs"), ("verdict", "runs"),  # they look for finished runs in a folder
+    ("verdict", "budget"),  # its sentence ends with what more masks would bring
     ("export", "predict"),  # what is exported is a predictor
     ("continuation", "tags"),  # it goes on from CCT with tags, and uses the tags itself
     ("inversion", "semanticgan"),  # the second stage goes on from the first
@@ -174,6 +177,7 @@ def test_pyproject_repeats_settings():
     nbdev = pyproject()["tool"]["nbdev"]
     assert (nbdev["lib_path"], nbdev["nbs_path"]) == (cfg["lib_path"], cfg["nbs_path"])
     assert nbdev["allowed_cell_metadata_keys"] == ["tags"]
+    assert nbdev["allowed_out_metadata_keys"] == ["image/png", "image/jpeg"], "the texts in the place of pictures stay"
 
 
 def test_the_citation_file_repeats_settings():
@@ -188,7 +192,7 @@ def test_setup_hands_over_what_settings_say(monkeypatch):
     exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {"__file__": str(ROOT / "setup.py"), "__name__": "setup"})
     assert (given["name"], given["version"], given["description"]) == (cfg["lib_name"], cfg["version"], cfg["description"])
     assert given["install_requires"] == cfg["requirements"].split()
-    assert given["extras_require"] == {extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "bench", "export", "geo")}
+    assert given["extras_require"] == {extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "bench", "export", "geo", "browser", "site")}
     assert set(cfg["export_requirements"].split()) <= set(cfg["dev_requirements"].split()), "the tests export"
     assert given["entry_points"]["console_scripts"] == [cfg["console_scripts"]]
     assert given["project_urls"] == {} or given["project_urls"]["Source"] == cfg["git_url"]
@@ -240,8 +244,9 @@ def test_index_links_lead_somewhere_from_its_own_folder():
 
 def test_readme_argues_for_every_dependency():
     cfg = settings()
-    argued = set(re.findall(r"^\| `([\w-]+)` \|", readme(), re.M))
-    wanted = names_of(f"{cfg['requirements']} {cfg['dev_requirements']} {cfg['bench_requirements']} {cfg['geo_requirements']}".split())
+    rows = re.findall(r"^\| (`[\w-]+`(?:, `[\w-]+`)*) \|", readme(), re.M)
+    argued = {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
+    wanted = names_of(" ".join(v for k, v in cfg.items() if k.endswith("requirements")).split())
     assert argued == wanted
 
 
@@ -309,7 +314,8 @@ def test_ci_runs_what_a_person_runs():
     run = ROOT / ".ci/run"
     assert os.access(run, os.X_OK)
     commands = [line for line in run.read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
-    assert commands == ["exec make test"]
+    assert commands[-1] == "exec make test"
+    assert [line for line in commands if "apt-get install" in line], "JupyterLab is tested in a browser"
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
     assert [step["run"] for step in jobs["steps"] if "run" in step] == ["bash .ci/run"]
     assert jobs["strategy"]["matrix"]["python"][0] == settings()["min_python"]
