@@ -27,7 +27,7 @@ FLOORS = {
     1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "rasters", "viz"],
     2: ["folders", "formats", "mask_files", "annotations", "doctor", "catalogue", "clock", "checkpoint", "engine", "records"],
     3: ["supervised", "adversarial", "ganaugment", "bank", "tags"],  # the baseline, and pieces that several methods share
-    5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
+    5: ["continuation", "semanticgan", "inversion", "phases", "mask_cycle", "unimatch"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
     7: ["checks", "verdict", "predict", "export"],  # what people do with the results
     8: ["command"],  # all of it from a terminal
