@@ -29,6 +29,7 @@ from semiseg_nb.inversion import SemanticEncoder
 from semiseg_nb.mask_cycle import MaskCycle
 from semiseg_nb.models import build_model, conv_bn_relu, freeze_batch_norms
 from semiseg_nb.phases import Pairs, Phase1, Phase2, Phase3, Renderer, StyleEncoder, patch_critic
+from semiseg_nb.pseudo_labels import CPS, ClassMix, CutMixSeg, FixMatch
 from semiseg_nb.s4gan import S4GAN
 from semiseg_nb.semanticgan import SemanticGAN
 from semiseg_nb.stylegan2 import StyleGAN2
@@ -36,7 +37,7 @@ from semiseg_nb.supervised import Supervised
 from semiseg_nb.tags import CCTWeak, Tagger, all_pseudo_masks
 from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling
 from semiseg_nb.uda import UDA, SelfUDA
-from semiseg_nb.unimatch import CPS, ClassMix, CutMixSeg, FixMatch, UniMatch, UniMatchV2
+from semiseg_nb.unimatch import UniMatch, UniMatchV2
 
 HERE = Path(__file__).parent
 STORED = HERE / "numbers.json"

@@ -17,8 +17,8 @@ TOLERANCE = 1e-5
 HOME = {  # piece of this package -> its module
     "Upsampler": "models", "EMA": "core", "ramp": "core", "poly": "core",
     "consistency": "losses", "cross_entropy": "losses", "paste": "augment",
-    "Clock": "clock", "load_task": "catalogue", "UniMatch": "unimatch", "CPS": "unimatch", "PlainCPS": "unimatch",
-    "tsa_threshold": "uda", "class_mask": "unimatch", "pseudo_label": "unimatch", "kept": "unimatch", "hard_loss": "unimatch",
+    "Clock": "clock", "load_task": "catalogue", "UniMatch": "unimatch", "CPS": "pseudo_labels", "PlainCPS": "pseudo_labels",
+    "tsa_threshold": "uda", "class_mask": "pseudo_labels", "pseudo_label": "pseudo_labels", "kept": "pseudo_labels", "hard_loss": "pseudo_labels",
     "f_noise": "cct", "f_drop": "cct", "dropout": "cct", "con_msk": "cct", "obj_msk": "cct", "i_vat": "cct",
     "object_boxes": "cct", "sub_boxes": "cct", "g_cutout": "cct",
     "FCDiscriminator": "adversarial", "bce_map": "adversarial", "REAL": "adversarial", "FAKE": "adversarial", "PatchDiscriminator": "adversarial", "Pool": "adversarial",

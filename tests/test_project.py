@@ -27,7 +27,7 @@ FLOORS = {
     1: ["scenes", "data", "pictures", "augment", "models", "losses", "metrics", "rasters", "viz"],
     2: ["folders", "tool_files", "formats", "mask_files", "annotations", "doctor", "catalogue", "clock", "checkpoint", "engine", "records", "large_pictures"],
     3: ["supervised", "adversarial", "ganaugment", "bank"],  # the baseline, and pieces that several methods share
-    5: ["tags", "continuation", "failures", "semanticgan", "inversion", "phases", "mask_cycle"],  # each goes on from methods of the floor below
+    5: ["tags", "continuation", "failures", "semanticgan", "inversion", "phases", "mask_cycle", "unimatch"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
     7: ["checks", "runs", "budget", "verdict", "predict", "export", "ablations"],  # what people do with the results
     8: ["command"],  # all of it from a terminal
