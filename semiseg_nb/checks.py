@@ -313,7 +313,10 @@ def two_processes(folder: str, words: list[str]) -> None:
         with log.open("w") as file:
             pair.append(subprocess.Popen([sys.executable, "-c", code, folder, *words], stderr=file,
                                          env=os.environ | pair_environment(rank, store.port)))
-    while None in (codes := [p.poll() for p in pair]) and not any(codes) and time.monotonic() < limit: time.sleep(0.05)
+    codes = [None, None]
+    while None in codes and not any(codes) and time.monotonic() < limit:  # one that failed ends both
+        time.sleep(0.05)
+        codes = [process.poll() for process in pair]
     for process in pair: process.kill()
     ends = [log.read_text()[-1500:] for log, code in zip(logs, codes) if code != 0]
     refuse(bool(ends), f"Two processes do not train {', '.join(words)}: {' '.join(ends)}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXHIBITS', 'OF_CONSISTENCY', 'MUSEUM', 'PLAIN', 'REFERENCE', 'CAP', 'kappa', 'Healthy', 'watch', 'MaskLeak', 'leaky',
            'IgnoreLost', 'SoftmaxTwice', 'SumForMean', 'TargetNotDetached', 'SharpenedThreshold', 'ViewsNotAligned',
-           'NoRamp', 'EMAInTrainMode', 'MixedStatistics', 'SmallNet', 'visit', 'plain_curves', 'curve', 'late',
+           'NoRamp', 'EMAInTrainMode', 'MixedStatistics', 'SmallNet', 'visit', 'plain_curves', 'series', 'late',
            'log_ratio', 'features', 'mean_known', 'within', 'Diagnosis', 'diagnose', 'differences']
 
 # %% ../nbs/15_failures.ipynb #imports
@@ -258,14 +258,14 @@ def plain_curves(history: list) -> list:
     return [{k: row[k] for k in PLAIN if k in row} for row in history]
 
 
-def curve(history: list, name: str) -> np.ndarray:
+def series(history: list, name: str) -> np.ndarray:
     "The values of one curve, rows without it left out"
     return np.array([row[name] for row in history if row.get(name) is not None], float)
 
 
 def late(history: list, name: str) -> float:
     "Mean over the last third of a curve, nan where it is not in the log"
-    values = curve(history, name)
+    values = series(history, name)
     return values[-max(1, len(values) // 3):].mean() if len(values) else math.nan
 
 
@@ -284,9 +284,9 @@ def features(
             raise UserError(f"This history has no curve '{name}': diagnose needs the supervised loss "
                             "of UDA or Supervised, and evaluations (eval_every of fit).")
     n_classes = next(len(row["iou_per_class"]) for row in history if row.get("iou_per_class"))
-    loss, first = late(history, "supervised"), curve(history, "supervised")[0]
+    loss, first = late(history, "supervised"), series(history, "supervised")[0]
     error, accuracy = 1 - late(history, "pixel_accuracy"), late(history, "pixel_accuracy")
-    consistency = curve(history, "consistency")
+    consistency = series(history, "consistency")
     floor = math.log(1 + (n_classes - 1) / math.e)  # the least that softmax twice can reach
     return {
         "loss / floor of softmax twice": log_ratio(loss, floor),

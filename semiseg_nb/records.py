@@ -28,7 +28,8 @@ from .engine import Run
 # %% ../nbs/08_records.ipynb #constants
 SCHEMA = 1
 PROFILES = ("smoke", "lesson", "real")
-NO_RECORDS = ("run.json", "verdict.json", "budget.json", "model.json", "card.json")  # JSON of other kinds beside the records
+# JSON of other kinds beside the records
+NO_RECORDS = ("run.json", "verdict.json", "budget.json", "model.json", "card.json")
 IDENTITY = ("method", "profile", "seed", "model", "encoder", "pretrained", "dataset", "params")
 
 # %% ../nbs/08_records.ipynb #build

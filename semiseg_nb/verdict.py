@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEW', 'FEW_OF_CLASS', 'image_counts', 'scores_of', 'mean_of', 'Interval', 'with_ends', 'units_of', 'estimate',
-           'counts_of_run', 'Compared', 'Verdict', 'gain_text', 'Arm', 'arms_of', 'joined_counts', 'count_images',
+           'counts_of_run', 'Compared', 'Verdict', 'gain_phrase', 'Arm', 'arms_of', 'joined_counts', 'count_images',
            'compared', 'verdict', 'warnings_of', 'budget_of', 'deploy']
 
 # %% ../nbs/51_verdict.ipynb #imports
@@ -224,7 +224,7 @@ class Verdict:
         "What a person can act on"
         base = self.baseline
         parts = [f"{base.title} reaches an mIoU of {base.score[0].text()} %"]
-        if self.rows: parts = [gain_text(self.rows[0], base), *self.losses()]
+        if self.rows: parts = [gain_phrase(self.rows[0], base), *self.losses()]
         if b := self.budget:
             where = " on the validation images" if self.split == "test" else ""
             parts.append(f"with {b['twice']} masks instead of {b['n']} the baseline alone would "
@@ -270,7 +270,7 @@ class Verdict:
             "rows": [row(r) for r in self.rows], "budget": budget})
 
 
-def gain_text(row: Compared, base: Compared) -> str:
+def gain_phrase(row: Compared, base: Compared) -> str:
     "A gain, or that there is none to be seen, and its price"
     gain, cost = row.gain[0], ""
     if row.devices == base.devices and base.seconds:

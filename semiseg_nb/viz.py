@@ -51,8 +51,9 @@ COLOURS = tuple(tuple(int(255 * v) for v in plt.get_cmap("tab20")(i)[:3])
                 for i in [*range(0, 20, 2), *range(1, 20, 2)])
 
 
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A")  # Okabe and Ito: told apart by
-plt.rcParams["axes.prop_cycle"] = plt.cycler(color=LINES)                            # colour-blind readers too
+# Okabe and Ito: colour-blind readers can tell these apart too
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A")
+plt.rcParams["axes.prop_cycle"] = plt.cycler(color=LINES)
 
 
 def to_numpy(x: object) -> np.ndarray:
@@ -302,6 +303,7 @@ def controls(
     display.display(VBox([HBox(list(knobs.values()), layout=Layout(flex_flow="row wrap")), picture]))
     if not states: return
     figures = [draw(**values() | state) for state in states]
-    words = [", ".join(f"{k} = {v}" for k, v in state.items()) + ": " + figure_words(fig) for state, fig in zip(states, figures)]
+    words = [", ".join(f"{k} = {v}" for k, v in state.items()) + ": " + figure_words(fig)
+             for state, fig in zip(states, figures)]
     strip = display.Image(stack([to_png(fig) for fig in figures]), alt=". ".join(words))
     display.display(strip, metadata={"image/png": {"alt": strip.alt}})

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from semiseg_nb.ablations import Variant, changes, chart, families, lent_spread, reference_of, scores_of, sentence, spread, variants
+from semiseg_nb.ablations import Variant, changes, draw_variants, families, lent_spread, reference_of, seed_scores, sentence, spread, variants
 from semiseg_nb.core import UserError
 from semiseg_nb.leaderboard import read_reference
 from semiseg_nb.records import read_records
@@ -94,7 +94,7 @@ def test_a_folder_of_two_methods_is_two_families_and_a_stranger_joins_the_one_wi
     assert {key: sorted(names) for key, names in found.items()} == {
         ("uda", "scenes", 12): ["A as above", "no box"], ("mt", "scenes", 12): ["B as above", "kl", "neither"]}
     assert reference_of(["no box"]) is None and reference_of(["phase 1", "full"]) == "full"
-    assert scores_of({"x": [record("x", 3, .25)]}) == {"x": {("a", 3): .25}}
+    assert seed_scores({"x": [record("x", 3, .25)]}) == {"x": {("a", 3): .25}}
 
 
 def test_changes_names_what_differs_and_nothing_else():
@@ -118,7 +118,7 @@ def test_a_sentence_counts_every_row_once(seed):
 def test_a_chart_has_a_row_for_each_variant_and_greys_what_says_nothing():
     found = variants({"a": {0: .5, 1: .5, 2: .5}, "low": {0: .1, 1: .1, 2: .1}, "twin": {0: .48, 1: .52, 2: .5}, "too": {0: .5, 1: .51, 2: .49}}, "a")
     fig, ax = plt.subplots()
-    chart(found, ax, "title")
+    draw_variants(found, ax, "title")
     assert [t.get_text() for t in ax.get_yticklabels()] == [v.name for v in found] and found[0].name == "low"
     dots = {line.get_ydata()[0]: line.get_color() for line in ax.lines if line.get_marker() == "o"}
     assert dots[0] != "0.6" and dots[1] == dots[2] == "0.6"
@@ -129,7 +129,7 @@ def test_a_row_far_away_is_a_number_and_squeezes_no_other():
     scores = {"a": {0: .5, 1: .5}, "far": {0: .1, 1: .11}} | {f"v{k}": {0: .5 + k / 100, 1: .49} for k in range(4)}
     found = variants(scores, "a", least=1)
     fig, ax = plt.subplots()
-    chart(found, ax, "title")
+    draw_variants(found, ax, "title")
     assert any("-39.5" in text.get_text() for text in ax.texts) and ax.get_xlim()[0] > found[0].mean
     assert all(ax.get_xlim()[0] <= v.mean <= ax.get_xlim()[1] for v in found[1:])
     plt.close(fig)
