@@ -690,6 +690,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'semiseg_nb.export.outcome_figure': ('export.html#outcome_figure', 'semiseg_nb/export.py'),
                                    'semiseg_nb.export.parity': ('export.html#parity', 'semiseg_nb/export.py'),
                                    'semiseg_nb.export.runner': ('export.html#runner', 'semiseg_nb/export.py'),
+                                   'semiseg_nb.export.script_for': ('export.html#script_for', 'semiseg_nb/export.py'),
                                    'semiseg_nb.export.some_pictures': ('export.html#some_pictures', 'semiseg_nb/export.py'),
                                    'semiseg_nb.export.thinned': ('export.html#thinned', 'semiseg_nb/export.py'),
                                    'semiseg_nb.export.traced': ('export.html#traced', 'semiseg_nb/export.py')},

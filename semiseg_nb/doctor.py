@@ -339,7 +339,8 @@ def _thumbnail(item: Item, report: Report, palette: Sequence, side: int) -> np.n
     part = min(1, side / max(h, w))
     size = max(1, round(part * h)), max(1, round(part * w))
     image = read_image(item.image, size, **report.reading)
-    return overlay(image, read_mask(item.mask, size), palette) if item.mask else image.permute(1, 2, 0).numpy()
+    if item.mask: return overlay(image, read_mask(item.mask, size), palette)
+    return image.permute(1, 2, 0).numpy()
 
 
 def contact_sheet(

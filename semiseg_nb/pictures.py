@@ -132,7 +132,8 @@ def as_bands(
     "Three channels counted from 1, or one; raises `UserError`"
     if bands is None: return None
     given = list(bands) if isinstance(bands, (list, tuple)) else [bands]
-    if len(given) in (1, 3) and all(isinstance(b, int) and b is not True and b > 0 for b in given): return given
+    numbers = all(isinstance(b, int) and b is not True and b > 0 for b in given)
+    if numbers and len(given) in (1, 3): return given
     raise UserError(f"bands is {bands!r}: give three channels counted from 1, such as [3, 2, 1], "
                     "or a single one.")
 

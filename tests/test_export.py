@@ -17,7 +17,7 @@ from semiseg_nb import export
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
 from semiseg_nb.experiment import run
-from semiseg_nb.export import SIZES, TOLERANCE, export_onnx, export_pt2, exported_card, outcome, parity, runner
+from semiseg_nb.export import SIZES, TOLERANCE, export_onnx, export_pt2, exported_card, outcome, parity, runner, script_for
 from semiseg_nb.models import PyramidPooling, build_model, padded, region_means
 from semiseg_nb.predict import Predictor, load_model
 from semiseg_nb.records import read_records
@@ -111,9 +111,10 @@ def hidden(script, *words):
 @pytest.mark.parametrize(("rule", "reading"), [("native", {}), ("resize", {}), ("resize", {"fit": "letterbox"}), ("native", {"white": 4095})], ids=str)
 def test_the_script_beside_it_predicts_as_the_predictor_does(exported, tmp_path, rule, reading):
     folder = exported[0]
-    for name in ("model.onnx", "predict.py"): (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "model.onnx").write_bytes((folder / "model.onnx").read_bytes())
     model = predictor(rule, reading)
     (tmp_path / "card.json").write_text(json.dumps(model.card))
+    (tmp_path / "predict.py").write_text(script_for(model.card, ("model.onnx", "card.json", "predict.py")))
     rng = np.random.default_rng(0)
     if reading.get("white"): picture = Image.fromarray(rng.integers(0, 4096, (61, 83)).astype(np.uint16))
     else: picture = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize((83, 61), Image.Resampling.BICUBIC)
@@ -127,7 +128,11 @@ def test_the_script_beside_it_predicts_as_the_predictor_does(exported, tmp_path,
     assert float((torch.from_numpy(np.array(mask)) == labels).float().mean()) > 0.999
     assert "tifffile" not in (folder / "predict.py").read_text().splitlines()[0]
     lines = [line for line in (tmp_path / "predict.py").read_text().splitlines() if line.strip() and not line.startswith(("import", "from", '"""'))]
-    assert len(lines) <= 45
+    assert len(lines) <= (24 if reading.get("white") else 20)
+    if reading.get("white"): return
+    Image.fromarray(rng.integers(0, 4096, (61, 83)).astype(np.uint16)).save(tmp_path / "deep.png")
+    done = subprocess.run([sys.executable, tmp_path / "predict.py", tmp_path / "deep.png", tmp_path / "m.png"], capture_output=True, text=True)
+    assert done.returncode and done.stderr.strip() == "The picture has more than 8 bits; the model learnt from 8."
 
 
 @onnx_only
