@@ -93,8 +93,9 @@ def test_the_card_is_inside_and_beside(exported):
 
 @onnx_only
 @pytest.mark.slow
-@pytest.mark.parametrize("net", [dict(model="deeplabv3"), dict(model="psp"), dict(model="unet", encoder="mobilenetv3_small_050"), PYRAMID], ids=lambda n: "-".join(n.values()))
+@pytest.mark.parametrize("net", [dict(model="deeplabv3"), PYRAMID], ids=lambda n: "-".join(n.values()))
 def test_other_networks_and_an_encoder(net, tmp_path):
+    "All of them, and larger encoders, in benchmarks/parity.py"
     found = export_onnx(predictor(**net), tmp_path)
     assert set(found) == set(SIZES) and max(found.values()) <= TOLERANCE
 
@@ -185,7 +186,7 @@ def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
 # ---------------------------------------------------------------- torch.export
 
 @pytest.mark.slow
-@pytest.mark.parametrize("net", [dict(), dict(model="psp"), dict(encoder="test_efficientnet")], ids=str)
+@pytest.mark.parametrize("net", [dict(), PYRAMID], ids=str)
 def test_a_pt2_file_holds_network_and_card(net, tmp_path):
     model = predictor(**net)
     found = export_pt2(model, tmp_path / "street")
