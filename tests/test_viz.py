@@ -128,12 +128,12 @@ def test_controls_redraw_when_a_knob_moves_and_leave_no_open_figure():
 
 def test_a_figure_is_shown_with_its_words(monkeypatch):
     said = []
-    monkeypatch.setattr("IPython.display.display", lambda fig, metadata: said.append(metadata["image/png"]["alt"]))
+    monkeypatch.setattr("IPython.display.display", lambda fig, metadata: said.extend((form, words["alt"]) for form, words in metadata.items()))
     fig = curves({"baseline": [{"step": 0, "miou": .1}]}, title="It learns")
     assert figure_words(fig) == "It learns, miou over step, baseline"
     show(fig)
-    show(plt.figure(), "a circle")
-    assert said == ["It learns, miou over step, baseline", "a circle"] and not plt.get_fignums()
+    show(plt.figure(), "a circle", photo=True)
+    assert said == [("image/png", "It learns, miou over step, baseline"), ("image/jpeg", "a circle")] and not plt.get_fignums()
     assert figure_words(plt.figure()) == "A picture without a title"
 
 
