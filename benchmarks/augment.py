@@ -26,8 +26,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from semiseg_nb.augment import GEO, OPS, PHOTO, flip_crop, randaugment
+from semiseg_nb.augment import GEO, OPS, PHOTO
 from semiseg_nb.core import IGNORE, atomic_write, generator
+from semiseg_nb.policies import flip_crop, randaugment
 
 try:
     import kornia

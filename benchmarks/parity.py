@@ -18,7 +18,7 @@ from semiseg_nb.records import commit, versions
 
 RECORD = Path(__file__).resolve().parents[1] / "results/benchmarks/parity.json"
 NETWORKS = [("unet", None), ("deeplabv3", None), ("psp", None), ("unet", "mobilenetv3_small_050"), ("deeplabv3plus", "resnet18"),
-            ("deeplabv3plus", "tf_efficientnet_lite0"), ("psp", "resnet18")]
+            ("unet", "efficientnet_lite0"), ("psp", "test_efficientnet")]
 FORMS = {"onnx": export_onnx, "pt2": export_pt2}
 
 

@@ -23,9 +23,9 @@ from semiseg_nb.adversarial import (
     upper_part,
     verdicts,
 )
-from .augment import paste
 from .clock import Clock
 from .core import IGNORE, Count, Fraction, NonNegative, Positive, Range, checked
+from .cutmix import paste
 from .data import Task
 from .losses import cross_entropy, one_hot
 from .supervised import Supervised, jointly, view

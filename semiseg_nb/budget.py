@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import randaugment
 from .checkpoint import plain
 from .core import Count, UserError, atomic_write, checked, generator, read_json
 from .data import Files, Images, Labelled, Task, one_pass
 from .engine import Method, make_accelerator
 from .experiment import Result, run
 from .metrics import block_features
+from .policies import randaugment
 from .runs import BUDGET
 from .viz import Figure, show_grid
 

@@ -27,7 +27,6 @@ from semiseg_nb.adversarial import (
     lsgan,
     start_small,
 )
-from .augment import lawful
 from .catalogue import joined
 from .clock import Clock
 from semiseg_nb.core import (
@@ -48,6 +47,7 @@ from .data import Labelled, Task, one_pass
 from .engine import Method, Stage, recipe
 from .ganaugment import random_turn
 from .losses import cross_entropy
+from .policies import lawful
 from .supervised import Supervised, jointly
 
 # %% ../nbs/42_cyclegan.ipynb #translator
@@ -146,7 +146,7 @@ def shift_and_flip(
     stream: str,  # name of the draw
     shift: float = 0.1,  # largest shift, as a part of the side
     y: Tensor | None = None,  # (B,H,W) mask that belongs to x
-    flip: str = "horizontal",  # of the task, see `augment.lawful`
+    flip: str = "horizontal",  # of the task, see `policies.lawful`
     rotate: int = 0,
 ):  # x, or (x, y)
     "Flip half of the images and shift all by whole pixels, reflected at the border"

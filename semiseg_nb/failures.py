@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import paste
 from .core import IGNORE, UserError, read_json, seed_everything
+from .cutmix import paste
 from .data import Labelled, Task
 from .engine import Run, fit
 from .losses import consistency, divergence

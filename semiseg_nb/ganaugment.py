@@ -241,7 +241,7 @@ def random_flip(
     clock: Clock,
     stream: str,
     *maps: Tensor,  # (B,C,H,W) or (B,H,W), of the same B images
-    flip: str = "horizontal",  # of the task, see `augment.lawful`
+    flip: str = "horizontal",  # of the task, see `policies.lawful`
     rotate: int = 0,
 ) -> tuple[Tensor, ...]:
     "Half of the images from left to right where that is lawful, all their maps with them"
@@ -258,7 +258,7 @@ def random_turn(
     clock: Clock,
     stream: str,
     *maps: Tensor,  # (B,C,H,W) or (B,H,W), of the same B images
-    flip: str = "horizontal",  # of the task, see `augment.lawful`
+    flip: str = "horizontal",  # of the task, see `policies.lawful`
     rotate: int = 0,
 ) -> tuple[Tensor, ...]:
     "The lawful views beside a mirror image: upside down, by quarter turns (oblong ones by half)"

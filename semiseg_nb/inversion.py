@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import lawful
 from .checkpoint import load_weights, save_weights
 from .core import IGNORE, Count, NonNegative, Positive, UserError, Whole, checked, frozen
 from .core import generator as rng_of
@@ -27,6 +26,7 @@ from .engine import Method, Stage, recipe
 from .engine import settings as settings_in_force
 from .ganaugment import random_flip
 from .models import Residual
+from .policies import lawful
 from .semanticgan import SemanticGAN, SemanticGenerator, encode_labels, load_gan, read_stored
 from .stylegan2 import Discriminator, EqualLinear, styles
 

@@ -22,7 +22,6 @@ from semiseg_nb.adversarial import (
     lsgan,
     straight_through,
 )
-from .augment import lawful
 from .core import IGNORE, Fraction, NonNegative, Positive, Range, Whole, checked
 from semiseg_nb.cyclegan import (
     Translator,
@@ -35,6 +34,7 @@ from semiseg_nb.cyclegan import (
 from .data import Task
 from .losses import cross_entropy, one_hot
 from .models import unrecorded
+from .policies import lawful
 from .supervised import Supervised, jointly, view
 
 # %% ../nbs/46_mask_cycle.ipynb #mask-losses

@@ -17,13 +17,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .augment import PHOTO, Policy, flip_crop, randaugment
+from .augment import PHOTO, Policy
 from .catalogue import load_split
 from .core import Fraction, UserError, Whole, checked, in_range, one_of
 from .data import Images, Labelled, Task, one_pass
 from .engine import evaluate
 from .inversion import hats
 from .models import batch_norms
+from .policies import flip_crop, randaugment
 from .scenes import STYLES
 
 # %% ../nbs/44_out_of_domain.ipynb #styled
@@ -179,7 +180,7 @@ def colour_views(
     without: tuple = (),  # operations of `augment.PHOTO` to leave out
     n: Whole = 2,  # operations per image
     strength: Fraction = 0.5,
-    weak: Policy | None = None,  # `augment.weak_policy` of the task; None: `flip_crop`
+    weak: Policy | None = None,  # `policies.weak_policy` of the task; None: `flip_crop`
 ) -> list[Policy]:  # for `Supervised.policies`: applied one after the other
     "Flip and zoom, then RandAugment over colours; raises `UserError` for an unknown operation"
     for name in without: one_of(name, PHOTO, "operation")

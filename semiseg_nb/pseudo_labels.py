@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import partner, paste
 from .clock import Clock
 from .core import IGNORE, Fraction, NonNegative, UserError, checked
+from .cutmix import partner, paste
 from .data import Task
 from .losses import confident, consistency, cross_entropy
 from .supervised import Supervised, jointly, view

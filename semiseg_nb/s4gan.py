@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .adversarial import FAKE, REAL, answer, bce_map, hide, large_enough, upper_part, verdicts
-from .augment import paste
 from .core import IGNORE, Count, Fraction, NonNegative, Positive, Range, checked
+from .cutmix import paste
 from .data import Task
 from .losses import cross_entropy, one_hot
 from .supervised import Supervised, jointly, view

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .adversarial import answer, d_loss, g_loss, r1_penalty
-from .augment import lawful
 from .checkpoint import read_weights, save_weights
 from .clock import Clock
 from .core import EMA, IGNORE, Count, Fraction, NonNegative, Positive, UserError, checked
@@ -28,6 +27,7 @@ from .engine import Method
 from .engine import settings as settings_in_force
 from .ganaugment import augmentation, random_flip
 from .metrics import SegmentationMetrics
+from .policies import lawful
 from semiseg_nb.stylegan2 import (
     Discriminator,
     Generator,

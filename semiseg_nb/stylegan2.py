@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adversarial import answer, d_loss, g_loss, r1_penalty
-from .augment import lawful
 from .clock import Clock
 from .core import EMA, Count, Fraction, NonNegative, Positive, UserError, checked, one_of
 from .data import Task
 from .engine import Method
 from .ganaugment import augmentation, random_flip
+from .policies import lawful
 
 # %% ../nbs/40_stylegan2.ipynb #equalised
 class EqualLinear(nn.Module):

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from .augment import Policy, flip_crop, randaugment, weak_policy
+from .augment import Policy
 from .clock import Clock
 from semiseg_nb.core import (
     EMA,
@@ -28,6 +28,7 @@ from semiseg_nb.core import (
 from .data import Images, Labelled, Task, one_pass
 from .engine import Method
 from .losses import capped_weights, cross_entropy, dice_loss
+from .policies import flip_crop, randaugment, weak_policy
 
 # %% ../nbs/10_supervised.ipynb #views
 def labelled_views(
@@ -35,7 +36,7 @@ def labelled_views(
     fill: tuple = (0.5, 0.5, 0.5),  # mean colour of the data set, for padding
     n: int = 2,  # photometric operations of the strong view
     strength: float = 0.5,  # their strength in [0,1]
-    weak: Policy | None = None,  # `augment.weak_policy` of a task; None: `flip_crop`
+    weak: Policy | None = None,  # `policies.weak_policy` of a task; None: `flip_crop`
 ) -> list[Policy]:  # applied one after the other
     "The views of labelled images; raises `UserError` for another kind"
     one_of(kind, ("weak", "strong"), "views")

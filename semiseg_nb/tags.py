@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adversarial import gate
-from .augment import randaugment, weak_policy
 from .cct import CCT
 from .clock import Clock
 from semiseg_nb.core import (
@@ -32,6 +31,7 @@ from semiseg_nb.core import (
 from .data import Images, Task, one_pass
 from .engine import Method, Stage, recipe
 from .models import Segmenter, conv_bn_relu
+from .policies import randaugment, weak_policy
 
 # %% ../nbs/17_tags.ipynb #cam-net
 PartOfMap = Annotated[float, Range(0, 1, above=True)]  # more than 0, up to 1

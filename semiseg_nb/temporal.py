@@ -9,10 +9,10 @@ __all__ = ['temporal_weight', 'TemporalEnsembling', 'MeanTeacher']
 import torch
 from torch import Tensor, nn
 
-from .augment import paste
 from .bank import Memory, PredictionBank, in_image, storage_settings
 from .clock import Clock
 from .core import Fraction, NonNegative, UserError, checked, ramp
+from .cutmix import paste
 from .data import Task
 from .losses import consistency
 from .supervised import Supervised, jointly, view

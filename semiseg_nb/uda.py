@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .augment import Policy, paste
+from .augment import Policy
+from .cutmix import paste
 from .core import IGNORE, Fraction, NonNegative, Positive, checked, one_of, ramp
 from .data import Task
 from .losses import consistency

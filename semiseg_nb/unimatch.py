@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import paste
 from .core import Fraction, checked
+from .cutmix import paste
 from .data import Task
 from .pseudo_labels import PseudoLabelling, hard_loss, kept, pseudo_label
 from .supervised import view

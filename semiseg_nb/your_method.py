@@ -9,8 +9,8 @@ __all__ = ['interpolate', 'ICT']
 import torch
 from torch import Tensor, nn
 
-from .augment import partner
 from .core import Fraction, NonNegative, UserError, checked
+from .cutmix import partner
 from .data import Task
 from .losses import consistency
 from .supervised import Supervised, jointly, view

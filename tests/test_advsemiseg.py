@@ -14,10 +14,10 @@ from torch import nn
 from semiseg_nb import advsemiseg
 from semiseg_nb.adversarial import hide, upper_part
 from semiseg_nb.advsemiseg import AdvSemiSeg, health, shared_pass
-from semiseg_nb.augment import paste
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, poly, seed_everything
+from semiseg_nb.cutmix import paste
 from semiseg_nb.engine import fit, settings
 from semiseg_nb.losses import cross_entropy
 from semiseg_nb.models import UNet

@@ -8,24 +8,19 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from semiseg_nb import augment as A
-from semiseg_nb.augment import (
-    GEO,
-    OPS,
-    PHOTO,
+from semiseg_nb import augment, policies
+from semiseg_nb import cutmix as boxes
+from semiseg_nb.augment import GEO, OPS, PHOTO, fixed, fixed_matrix, identity_policy
+from semiseg_nb.core import UserError, generator
+from semiseg_nb.cutmix import cutmix, cutmix_boxes
+from semiseg_nb.policies import (
     autoaugment,
-    cutmix,
-    cutmix_boxes,
-    fixed,
-    fixed_matrix,
     flip_crop,
     from_tf_level,
     from_tv_bin,
-    identity_policy,
     randaugment,
     weak_policy,
 )
-from semiseg_nb.core import UserError, generator
 
 POLICIES = {"flip_crop": flip_crop(), "photo": randaugment(2, 0.7), "geo": randaugment(2, 0.7, GEO), "auto": autoaugment(),
             "all": randaugment(3, 0.6, PHOTO + GEO + ("invert", "solarize_add"))}
@@ -387,7 +382,7 @@ def test_padding_is_never_class_zero_in_any_policy():
 
 
 def test_module_needs_no_notebook_packages():
-    assert not {"nbdev", "IPython", "ipywidgets", "matplotlib"} & set(vars(A))
+    for room in (augment, boxes, policies): assert not {"nbdev", "IPython", "ipywidgets", "matplotlib"} & set(vars(room))
 
 
 def test_uint8_labels_keep_their_values():

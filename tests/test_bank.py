@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import semiseg_nb.bank as bank_module
-from semiseg_nb.augment import flip_crop
 from semiseg_nb.bank import (
     BankNotes,
     PredictionBank,
@@ -37,6 +36,7 @@ from semiseg_nb.bank import (
 )
 from semiseg_nb.core import UserError, generator
 from semiseg_nb.losses import consistency
+from semiseg_nb.policies import flip_crop
 
 STORAGE = {"float32": {"dtype": "float32"}, "float16": {}, "uint8": {"dtype": "uint8"}, "stride 2": {"stride": 2}, "top 2": {"topk": 2},
            "top 2, stride 4, uint8": {"dtype": "uint8", "stride": 4, "topk": 2}, "ram": {"place": "ram"}}

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from semiseg_nb.augment import paste
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import (
     CCT,
@@ -36,6 +35,7 @@ from semiseg_nb.cct import (
 )
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
+from semiseg_nb.cutmix import paste
 from semiseg_nb.engine import fit, settings
 from semiseg_nb.losses import consistency, divergence
 from semiseg_nb.models import build_model

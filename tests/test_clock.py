@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from semiseg_nb.augment import flip_crop
 from semiseg_nb.clock import Clock
+from semiseg_nb.policies import flip_crop
 
 
 def halves(draw):

@@ -12,7 +12,6 @@ import torch
 from pairs import run_pair
 from torch import nn
 
-from semiseg_nb.augment import flip_crop
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.checkpoint import fingerprint, read_state, write_state
 from semiseg_nb.clock import Clock
@@ -20,6 +19,7 @@ from semiseg_nb.core import EMA, UserError, frozen, seed_everything
 from semiseg_nb.data import Images, Labelled
 from semiseg_nb.engine import Method, NonFiniteLoss, evaluate, fit, images_at_once, make_accelerator, settings
 from semiseg_nb.models import UNet
+from semiseg_nb.policies import flip_crop
 from semiseg_nb.supervised import Supervised
 from semiseg_nb.temporal import TemporalEnsembling
 from semiseg_nb.uda import UDA

@@ -70,7 +70,7 @@ def test_no_method_mirrors_where_the_task_forbids_it(name, draws):
 
 
 def test_a_policy_that_forgets_the_task_is_seen(draws):
-    from semiseg_nb.augment import flip_crop
+    from semiseg_nb.policies import flip_crop
     flip_crop(fill=(0, 0, 0)).sample(64, (8, 8), torch.Generator().manual_seed(0))
     assert any(draws) and not all(draws)
 

@@ -17,11 +17,11 @@ from torch import nn
 from semiseg_nb import guidedmix
 from semiseg_nb.adversarial import answer, hide, upper_part
 from semiseg_nb.advsemiseg import AdvSemiSeg
-from semiseg_nb.augment import paste
 from semiseg_nb.catalogue import load_across, load_task
 from semiseg_nb.cct import CCT, make_decoders
 from semiseg_nb.continuation import Continuation, SemiContinuation, WeakContinuation
 from semiseg_nb.core import IGNORE, seed_everything
+from semiseg_nb.cutmix import paste
 from semiseg_nb.cyclegan import CycleGAN
 from semiseg_nb.engine import fit
 from semiseg_nb.guidedmix import PAPER, GuidedMix, JointGuidedMix

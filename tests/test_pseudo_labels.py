@@ -8,10 +8,10 @@ from one_step import EVERYTHING, batch, first_update, losses_of, net, same, solv
 from torch import nn
 
 from semiseg_nb import pseudo_labels
-from semiseg_nb.augment import partner, paste
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
+from semiseg_nb.cutmix import partner, paste
 from semiseg_nb.engine import fit
 from semiseg_nb.engine import settings as settings_of_method
 from semiseg_nb.losses import cross_entropy

@@ -11,7 +11,7 @@ import torch
 from pairs import run_pair
 from torch import nn
 
-from semiseg_nb.augment import flip_crop, identity_policy
+from semiseg_nb.augment import identity_policy
 from semiseg_nb.bank import distribution
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
@@ -19,6 +19,7 @@ from semiseg_nb.core import EMA, UserError, seed_everything
 from semiseg_nb.engine import fit, make_accelerator, settings
 from semiseg_nb.losses import consistency, cross_entropy
 from semiseg_nb.models import UNet
+from semiseg_nb.policies import flip_crop
 from semiseg_nb.supervised import Supervised, view
 from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling, temporal_weight
 
