@@ -22,7 +22,7 @@ from .clock import Clock
 from .core import Fraction, NonNegative, UserError, checked, one_of
 from .data import Task
 from .losses import consistency, cross_entropy, divergence
-from .models import Segmenter, Upsampler
+from .networks import Segmenter, Upsampler
 from .supervised import Supervised, view
 
 # %% ../nbs/13_cct.ipynb #f-noise

@@ -38,7 +38,7 @@ from .cutmix import paste
 from .data import Task
 from .engine import Stage, recipe
 from .losses import cross_entropy, one_hot
-from .models import Segmenter, freeze_batch_norms
+from .networks import Segmenter, freeze_batch_norms
 from .supervised import Supervised, jointly, view
 from .tags import cct_weak, possible
 from .temporal import TemporalEnsembling

@@ -51,7 +51,7 @@ from semiseg_nb.core import (
 )
 from .data import Images, Labelled, Task, loader, one_pass
 from .metrics import SegmentationMetrics
-from .models import batch_norms
+from .networks import batch_norms
 
 # %% ../nbs/07_engine.ipynb #method
 class Method(nn.Module):

@@ -50,7 +50,8 @@ from semiseg_nb.engine import (
     make_accelerator,
 )
 from .engine import settings as settings_of_method
-from .models import Segmenter, build_model, encoder_name
+from .models import build_model, encoder_name
+from .networks import Segmenter
 from .records import make_record, write_record
 
 # %% ../nbs/60_experiment.ipynb #methods

@@ -19,7 +19,7 @@ from .core import Fraction, NonNegative, Range, UserError, checked
 from .cutmix import paste
 from .data import Task
 from .losses import confident, consistency, one_hot
-from .models import conv_bn_relu
+from .networks import conv_bn_relu
 from .supervised import Supervised, view
 
 # %% ../nbs/30_guidedmix.ipynb #distances

@@ -25,7 +25,7 @@ from .data import Task
 from .engine import Method, Stage, recipe
 from .engine import settings as settings_in_force
 from .ganaugment import random_flip
-from .models import Residual
+from .networks import Residual
 from .policies import lawful
 from .semanticgan import SemanticGAN, SemanticGenerator, encode_labels, load_gan, read_stored
 from .stylegan2 import Discriminator, EqualLinear, styles

@@ -33,7 +33,7 @@ from semiseg_nb.cyclegan import (
 )
 from .data import Task
 from .losses import cross_entropy, one_hot
-from .models import unrecorded
+from .networks import unrecorded
 from .policies import lawful
 from .supervised import Supervised, jointly, view
 

@@ -23,7 +23,7 @@ from .core import Fraction, UserError, Whole, checked, in_range, one_of
 from .data import Images, Labelled, Task, one_pass
 from .engine import evaluate
 from .inversion import hats
-from .models import batch_norms
+from .networks import batch_norms
 from .policies import flip_crop, randaugment
 from .scenes import STYLES
 

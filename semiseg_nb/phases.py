@@ -36,7 +36,7 @@ from .cyclegan import CycleGAN, constant_then_linear
 from .data import Images, Labelled, Task
 from .engine import Method, Stage, recipe
 from .losses import cross_entropy, dice_loss, one_hot
-from .models import unrecorded
+from .networks import unrecorded
 from .policies import weak_policy
 from .stylegan2 import EqualConv2d, EqualLinear, ModulatedConv, ToMap, fused_lrelu
 from .supervised import Supervised, jointly, view

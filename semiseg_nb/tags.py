@@ -30,7 +30,7 @@ from semiseg_nb.core import (
 )
 from .data import Images, Task, one_pass
 from .engine import Method, Stage, recipe
-from .models import Segmenter, conv_bn_relu
+from .networks import Segmenter, conv_bn_relu
 from .policies import randaugment, weak_policy
 
 # %% ../nbs/17_tags.ipynb #cam-net

@@ -8,7 +8,7 @@ import torch
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import seed_everything
 from semiseg_nb.engine import fit
-from semiseg_nb.models import UNet
+from semiseg_nb.networks import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERYTHING = {"threshold": 0.2, "warmup": 0.0}      # an untrained network is sure of nothing above 0.9

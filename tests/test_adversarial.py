@@ -31,7 +31,7 @@ from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
 from semiseg_nb.losses import cross_entropy, one_hot
-from semiseg_nb.models import count_parameters
+from semiseg_nb.networks import count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 

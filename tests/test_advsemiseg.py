@@ -20,7 +20,7 @@ from semiseg_nb.core import IGNORE, UserError, generator, poly, seed_everything
 from semiseg_nb.cutmix import paste
 from semiseg_nb.engine import fit, settings
 from semiseg_nb.losses import cross_entropy
-from semiseg_nb.models import UNet
+from semiseg_nb.networks import UNet
 from semiseg_nb.supervised import Supervised
 
 LN2 = math.log(2)

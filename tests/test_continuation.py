@@ -27,7 +27,8 @@ from semiseg_nb.continuation import (
 from semiseg_nb.core import IGNORE, UserError, seed_everything
 from semiseg_nb.engine import evaluate, fit, settings
 from semiseg_nb.losses import cross_entropy
-from semiseg_nb.models import batch_norms, build_model
+from semiseg_nb.models import build_model
+from semiseg_nb.networks import batch_norms
 from semiseg_nb.records import make_record, settings_of
 from semiseg_nb.supervised import Supervised
 from semiseg_nb.tags import cct_weak

@@ -20,7 +20,7 @@ from semiseg_nb.cyclegan import (
     translation,
 )
 from semiseg_nb.engine import evaluate, fit, make_accelerator, optimise, settings
-from semiseg_nb.models import UNet, count_parameters
+from semiseg_nb.networks import UNet, count_parameters
 from semiseg_nb.supervised import Supervised
 
 

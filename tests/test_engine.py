@@ -18,7 +18,7 @@ from semiseg_nb.clock import Clock
 from semiseg_nb.core import EMA, UserError, frozen, seed_everything
 from semiseg_nb.data import Images, Labelled
 from semiseg_nb.engine import Method, NonFiniteLoss, evaluate, fit, images_at_once, make_accelerator, settings
-from semiseg_nb.models import UNet
+from semiseg_nb.networks import UNet
 from semiseg_nb.policies import flip_crop
 from semiseg_nb.supervised import Supervised
 from semiseg_nb.temporal import TemporalEnsembling
@@ -342,7 +342,7 @@ from accelerate import Accelerator
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
 from semiseg_nb.engine import evaluate, fit
-from semiseg_nb.models import UNet
+from semiseg_nb.networks import UNet
 from semiseg_nb.supervised import Supervised
 task = load_task("scenes", n_labelled=4, size=32)
 method = Supervised(UNet(task.n_classes, width=4), task)

@@ -18,7 +18,8 @@ from semiseg_nb.catalogue import load_task
 from semiseg_nb.core import UserError
 from semiseg_nb.experiment import run
 from semiseg_nb.export import SIZES, TOLERANCE, export_onnx, export_pt2, exported_card, outcome, parity, runner, script_for
-from semiseg_nb.models import PyramidPooling, build_model, padded, region_means
+from semiseg_nb.models import build_model, padded
+from semiseg_nb.networks import PyramidPooling, region_means
 from semiseg_nb.predict import Predictor, load_model
 from semiseg_nb.records import read_records
 from semiseg_nb.supervised import Supervised

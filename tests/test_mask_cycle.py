@@ -10,7 +10,7 @@ from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
 from semiseg_nb.engine import fit, make_accelerator, optimise, settings
 from semiseg_nb.losses import one_hot
 from semiseg_nb.mask_cycle import MaskCycle, known_l1
-from semiseg_nb.models import UNet
+from semiseg_nb.networks import UNet
 from semiseg_nb.supervised import Supervised
 
 OFF = {"adversarial": 0, "image_cycle": 0, "label_cycle": 0, "regression": 0}

@@ -11,19 +11,14 @@ from safetensors.torch import save_file
 from semiseg_nb.core import EMA, UserError, seed_everything
 from semiseg_nb.models import (
     AtStride8,
-    DeepLabV3,
     EncoderNet,
-    PSPNet,
-    PyramidPooling,
-    UNet,
-    Upsampler,
     build_model,
-    count_parameters,
     encoder_name,
     load_pretrained,
     read_pretrained,
     stride8_encoder,
 )
+from semiseg_nb.networks import DeepLabV3, PSPNet, PyramidPooling, UNet, Upsampler, count_parameters
 
 OURS = ["unet", "deeplabv3", "psp"]
 TINY = ["resnet18", "convnext_atto", "mobilenetv3_small_050"]

@@ -27,7 +27,8 @@ from semiseg_nb.engine import fit
 from semiseg_nb.guidedmix import PAPER, GuidedMix, JointGuidedMix
 from semiseg_nb.inversion import SemanticEncoder
 from semiseg_nb.mask_cycle import MaskCycle
-from semiseg_nb.models import build_model, conv_bn_relu, freeze_batch_norms
+from semiseg_nb.models import build_model
+from semiseg_nb.networks import conv_bn_relu, freeze_batch_norms
 from semiseg_nb.phases import Pairs, Phase1, Phase2, Phase3, Renderer, StyleEncoder, patch_critic
 from semiseg_nb.pseudo_labels import CPS, ClassMix, CutMixSeg, FixMatch
 from semiseg_nb.s4gan import S4GAN

@@ -15,7 +15,7 @@ from semiseg_nb.core import UserError, generator, seed_everything
 from semiseg_nb.data import Labelled
 from semiseg_nb.engine import evaluate
 from semiseg_nb.inversion import IntensityMap
-from semiseg_nb.models import UNet
+from semiseg_nb.networks import UNet
 from semiseg_nb.out_of_domain import (
     KEPT,
     STRENGTHS,

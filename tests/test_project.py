@@ -24,7 +24,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 FLOORS = {
     0: ["core"],
-    1: ["scenes", "data", "pictures", "augment", "policies", "cutmix", "models", "losses", "metrics", "rasters", "viz"],
+    1: ["scenes", "data", "pictures", "augment", "policies", "cutmix", "networks", "models", "losses", "metrics", "rasters", "viz"],
     2: ["folders", "tool_files", "formats", "mask_files", "annotations", "doctor", "catalogue", "clock", "checkpoint", "engine", "records", "large_pictures"],
     3: ["supervised", "adversarial", "ganaugment", "bank"],  # the baseline, and pieces that several methods share
     5: ["tags", "continuation", "failures", "semanticgan", "inversion", "phases", "mask_cycle", "unimatch"],  # each goes on from methods of the floor below
@@ -34,6 +34,7 @@ FLOORS = {
 }
 FLOOR = dict.fromkeys(MODULES, 4) | {name: floor for floor, names in FLOORS.items() for name in names}  # any other module is a method
 NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
+    ("models", "networks"),  # by name: ours, or with a large encoder
     ("policies", "augment"),  # which views are drawn, and how one is drawn
     ("doctor", "folders"), ("catalogue", "doctor"),  # a folder is read, looked at, and then cut into a task
     ("catalogue", "folders"),  # a folder of one's own is one of the data sets

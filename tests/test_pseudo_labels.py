@@ -15,7 +15,8 @@ from semiseg_nb.cutmix import partner, paste
 from semiseg_nb.engine import fit
 from semiseg_nb.engine import settings as settings_of_method
 from semiseg_nb.losses import cross_entropy
-from semiseg_nb.models import UNet, build_model
+from semiseg_nb.models import build_model
+from semiseg_nb.networks import UNet
 from semiseg_nb.pseudo_labels import (
     CPS,
     ClassMix,

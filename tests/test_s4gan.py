@@ -10,7 +10,7 @@ from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
 from semiseg_nb.engine import fit, settings
-from semiseg_nb.models import UNet
+from semiseg_nb.networks import UNet
 from semiseg_nb.s4gan import S4GAN, ImageDiscriminator, distance_of_means
 from semiseg_nb.supervised import Supervised
 

@@ -9,7 +9,7 @@ from semiseg_nb.data import Images, Labelled, Task
 from semiseg_nb.engine import Method, evaluate, fit
 from semiseg_nb.experiment import methods, own_settings, run
 from semiseg_nb.losses import cross_entropy, dice_loss
-from semiseg_nb.models import UNet
+from semiseg_nb.networks import UNet
 from semiseg_nb.supervised import Supervised, class_counts, labelled_views, pass_rates, view
 
 

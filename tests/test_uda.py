@@ -13,7 +13,7 @@ from semiseg_nb.core import UserError, generator, seed_everything
 from semiseg_nb.cutmix import partner
 from semiseg_nb.engine import fit, settings
 from semiseg_nb.losses import confident, consistency, cross_entropy
-from semiseg_nb.models import UNet
+from semiseg_nb.networks import UNet
 from semiseg_nb.policies import flip_crop, randaugment
 from semiseg_nb.supervised import Supervised
 from semiseg_nb.uda import UDA, SelfUDA, annealed_labels, follow, sharpen, tsa_threshold
