@@ -147,7 +147,8 @@ def draw_variants(found: list[Variant], ax, title: str) -> None:
         ends = [v.mean + side * np.nan_to_num(v.half) for v in others for side in (-1, 1)]
         ax.set_xlim(min(*ends, 0) * 1.15, max(*ends, 0) * 1.15)
         left = found[y].mean < 0
-        ax.text(0 if left else 1, y, f" ← {found[y].mean:+.1f}" if left else f"{found[y].mean:+.1f} → ",
+        ax.text(0 if left else 1, y,
+                f" ← {found[y].mean:+.1f}" if left else f"{found[y].mean:+.1f} → ",
                 transform=ax.get_yaxis_transform(), ha="left" if left else "right", va="center",
                 fontsize=8, color=COLOURS[found[y].verdict])
     ax.set_yticks(range(len(found)), [v.name for v in found], fontsize=7.5)

@@ -431,7 +431,8 @@ def _draw(tables, n, size, generator):
     value = np.where(bits, np.floor(value + 0.5), value)
     op = np.where(bits & (value >= 8), 0, op)  # eight bits are the image itself
     turns, least = op == _CODE["turn"], 1 if size[0] == size[1] else 2
-    value = np.where(turns, least * np.floor(value / least), value)  # an oblong one stays in its frame
+    # an oblong one stays in its frame
+    value = np.where(turns, least * np.floor(value / least), value)
     return _build(op, value, u[..., 4:], size)
 
 # %% ../nbs/03_augment.ipynb #policy

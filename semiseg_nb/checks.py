@@ -308,13 +308,15 @@ def two_processes(folder: str, words: list[str]) -> None:
     "Run `train_each` in two processes; raises `AssertionError` with the end of their errors"
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     code = "import sys; from semiseg_nb.checks import train_each; train_each(*sys.argv[1:])"
-    logs, pair, limit = [Path(folder) / f"{rank}.log" for rank in (0, 1)], [], time.monotonic() + 900
+    logs, pair, limit = [Path(folder) / f"{rank}.log"
+                         for rank in (0, 1)], [], time.monotonic() + 900
     for rank, log in enumerate(logs):
         with log.open("w") as file:
             pair.append(subprocess.Popen([sys.executable, "-c", code, folder, *words], stderr=file,
                                          env=os.environ | pair_environment(rank, store.port)))
     codes = [None, None]
-    while None in codes and not any(codes) and time.monotonic() < limit:  # one that failed ends both
+    # one that failed ends both
+    while None in codes and not any(codes) and time.monotonic() < limit:
         time.sleep(0.05)
         codes = [process.poll() for process in pair]
     for process in pair: process.kill()

@@ -180,8 +180,10 @@ def name_values(text: str) -> dict[str, str]:  # "tree=plant,sky=ignore" -> {"tr
 def import_(words: Namespace) -> None:
     "Turn what an annotation tool wrote into a folder of images and masks"
     classes = words.classes.split(",") if words.classes else None
-    print(import_annotations(words.source, words.folder, kind=words.kind, mapping=name_values(words.map),
-                             colours=name_values(words.colours), classes=classes, empty=words.empty))
+    print(import_annotations(words.source, words.folder, kind=words.kind,
+                             mapping=name_values(words.map),
+                             colours=name_values(words.colours), classes=classes,
+                             empty=words.empty))
 
 
 def examine(words: Namespace) -> None:

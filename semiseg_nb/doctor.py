@@ -135,10 +135,12 @@ class Report:
         splits = {name or "images": {
             "role": ROLES.get(name, "only where it is named"), "images": c["images"],
             "masks": c["masks"], "unlabelled": c["images"] - c["masks"],
-            "sizes": [{"width": w, "height": h, "images": n} for (h, w), n in c["sizes"].most_common()],
+            "sizes": [{"width": w, "height": h, "images": n}
+                      for (h, w), n in c["sizes"].most_common()],
         } for name, c in self.counts.items()}
         for name, of_class in self.shares.items():
-            rows = zip(self.classes, of_class.tolist(), self.pixels[name].tolist(), self.shown[name].tolist())
+            rows = zip(self.classes, of_class.tolist(), self.pixels[name].tolist(),
+                       self.shown[name].tolist())
             splits[name or "images"]["classes"] = [
                 {"name": c, "share": s, "pixels": p, "images": n} for c, s, p, n in rows]
         return {"root": self.root, "ok": self.ok, "classes": list(self.classes), "splits": splits,
@@ -243,7 +245,8 @@ def _diagnose_pictures(folder: Folder, report: Report) -> None:
     one = [i for i, k in masked if (k.histogram[:IGNORE] > 0).sum() == 1]
     if 5 * len(one) < len(masked): report.suspects += [(i, "a single class") for i in one]
     for c in report.counts.values():
-        rare = {s for s, n in c["sizes"].items() if n == 1 < c["images"] // 4 and len(c["sizes"]) < 4}
+        rare = {s for s, n in c["sizes"].items() if n == 1 < c["images"] // 4
+                and len(c["sizes"]) < 4}
         report.suspects += [(i, "rare size") for i, k in known if k.size in rare]
     deep, white = [k for _, k in known if k.levels], report.reading.get("white")
     if not deep or not white: return
@@ -359,14 +362,16 @@ def contact_sheet(
     reasons = {}
     for item, reason in report.suspects: reasons.setdefault(item, []).append(reason)
     items = [i for i in reasons if i.id in report.looks]
-    others = {i.id: i for i in report.folder.items if i.mask and i.id in report.looks and i not in reasons}
+    others = {i.id: i for i in report.folder.items if i.mask and i.id in report.looks
+              and i not in reasons}
     items += [others[name] for name in seeded_order(others, seed, "contact sheet")]
     if len(items) < n:
         items += [i for i in report.folder.items if i.id in report.looks and i not in items]
     items = items[:n]
     with ThreadPoolExecutor() as pool:
         pictures = list(pool.map(partial(_thumbnail, report=report, palette=palette, side=side), items))
-    titles = ["\n".join([i.image.stem[-18:], ", ".join(reasons.get(i, []))[:24]]).strip() for i in items]
+    titles = ["\n".join([i.image.stem[-18:], ", ".join(reasons.get(i, []))[:24]]).strip()
+              for i in items]
     suspects = sum(i in reasons for i in items)
     title = f"{suspects} that stand out, then a sample" if suspects else "Nothing stands out: a sample"
     return show_grid(pictures, titles, columns, cell=1.5, title=title)

@@ -122,7 +122,8 @@ def average_gradients(params: list, accelerator: Accelerator) -> None:
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     flat = accelerator.reduce(torch.cat([g.reshape(-1) for g in grads]), "mean")
     for p, g, part in zip(params, grads, flat.split([g.numel() for g in grads])):
-        p.grad = g.copy_(part.view(g.shape))  # in place: fused optimisers need the weight's memory layout
+        # in place: fused optimisers need the weight's memory layout
+        p.grad = g.copy_(part.view(g.shape))
 
 # %% ../nbs/07_engine.ipynb #evaluate
 def images_at_once(size: tuple, n_classes: int) -> int:
@@ -168,7 +169,8 @@ def make_accelerator(
         warnings.simplefilter("ignore")
         if not is_initialized():
             return Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")
-        known = Accelerator()  # a process has one device and precision: those that were chosen first
+        # a process has one device and precision: those that were chosen first
+        known = Accelerator()
     if device is not None and known.device.type != device:
         raise UserError(f"device is '{device}', but this process already works on "
                         f"'{known.device.type}': start a new one.")
@@ -181,7 +183,8 @@ class Run:
     steps: int
     seed: int
     batch_size: int
-    history: list = field(default_factory=list)  # rows of step, seconds, lr, losses, statistics, scores
+    # rows of step, seconds, lr, losses, statistics, scores
+    history: list = field(default_factory=list)
     seconds: float = 0.0  # in training steps, over all resumed parts
     images: int = 0  # labelled and unlabelled images used
     device: str = "cpu"
@@ -406,7 +409,8 @@ def fit(
     sizes = batch_size, unlabelled_batch or batch_size
     prepare(method, task, *sizes, accelerator)
     identity = run_identity(
-        method, task, steps=steps, batch_size=batch_size, unlabelled_batch=unlabelled_batch, seed=seed,
+        method, task, steps=steps, batch_size=batch_size, unlabelled_batch=unlabelled_batch,
+        seed=seed,
         clip=clip, processes=world, parents=parents, **{"initial weights": method.initial})
     run = Run(steps, seed, batch_size, device=device_name(accelerator.device))
     bar = progress_bar(method, steps, progress and accelerator.is_main_process)
@@ -421,7 +425,8 @@ def fit(
     try:
         with bar, schedule(method):
             if start and scorer.due(start, steps) and "miou" not in run.history[-1]:
-                finish(method, run, start, saver, scorer)  # it had stopped between saving and scoring
+                # it had stopped between saving and scoring
+                finish(method, run, start, saver, scorer)
             for step in range(start, steps):
                 lab, unl = next(batches)
                 clock = Clock(step, steps, seed, rank, world)

@@ -41,7 +41,8 @@ SHARP = {".png", ".bmp", ".tif", ".tiff", ".gif"}  # formats that keep a mask's 
 BLURRED = {".jpg", ".jpeg", ".jfif", ".webp"} | ({".avif"} & Image.registered_extensions().keys())
 PICTURES = SHARP | BLURRED
 LITTER = {"thumbs.db", "desktop.ini"}  # what file managers leave behind
-SERVERS = {"@eadir", ".@__thumb", "@recycle", "#recycle", "#snapshot", "__macosx"}  # of file servers
+# of file servers
+SERVERS = {"@eadir", ".@__thumb", "@recycle", "#recycle", "#snapshot", "__macosx"}
 SPLITS = {  # what a folder of a split may be called
     "training": "train", "valid": "val", "validation": "val", "unlabeled": "unlabelled"}
 LAYOUTS = ("images/ and masks/ with files of the same names, or images/train, images/val and "
@@ -128,7 +129,8 @@ def decoded(
     for kind in kinds:
         try: text = raw.decode(kind)
         except UnicodeDecodeError: continue
-        if not any(unicodedata.category(c) == "Cc" and c not in "\t\r\n\f" for c in text): return text
+        if not any(unicodedata.category(c) == "Cc" and c not in "\t\r\n\f" for c in text):
+            return text
     raise UnicodeDecodeError(kinds[0], raw, 0, 1, "no text")
 
 
@@ -276,7 +278,8 @@ def user_path(path: str | Path) -> Path:
 
 def split_name(folder: str) -> str:
     "What the folder of a split stands for: valid and validation are val, for example"
-    return SPLITS.get(folder.lower(), folder.lower() if folder.lower() in SPLITS.values() else folder)
+    return SPLITS.get(folder.lower(),
+                      folder.lower() if folder.lower() in SPLITS.values() else folder)
 
 
 def _find_root(root: str | Path) -> Path:

@@ -237,7 +237,8 @@ def _read_labelme(source: ToolFiles) -> Export:
             continue
         where, shapes = f"'{path}'", []
         for i, row in enumerate(rows_in(info, "shapes", where)):
-            name, fill = entry(row, "label", str, where), _labelme_fill(row, f"Shape {i} of {where}")
+            name, fill = entry(row, "label", str,
+                               where), _labelme_fill(row, f"Shape {i} of {where}")
             if fill: shapes.append(Shape(name, fill))
             else: flat[str(row["shape_type"])] += 1
             labels.add(name)

@@ -39,7 +39,8 @@ class SegmentationMetrics:
         device=None,  # where the logits are; None: CPU
     ):
         self.matrix = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=device)
-        self.bins = torch.zeros(3, 15, dtype=torch.float64, device=device)  # pixels, hits, confidence
+        # pixels, hits, confidence
+        self.bins = torch.zeros(3, 15, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(

@@ -385,7 +385,8 @@ def _check_blur(items: Sequence, histograms: Sequence) -> None:
         if rare >= 6 and rare >= 2 * frequent: blurred.append(item)
         else: sharp += histogram
     if not blurred: return
-    own = sum(int(((h > 0) & (sharp == 0)).sum() >= 6) for i, h in zip(items, histograms) if i in blurred)
+    own = sum(int(((h > 0) & (sharp == 0)).sum() >= 6) for i, h in zip(items, histograms)
+              if i in blurred)
     if 2 * len(blurred) <= len(items) and not own: return
     total, peaks = torch.stack(list(histograms)).sum(0), []
     for v in total.argsort(descending=True).tolist():  # of neighbours only the most frequent

@@ -30,7 +30,8 @@ def figure_words(fig: Figure) -> str:
         lines = ", ".join(ax.get_legend_handles_labels()[1])
         panel = ", ".join(filter(None, (ax.get_title(), axes, lines)))
         if panel and panel not in panels: panels.append(panel)
-    return ". ".join(filter(None, (fig.get_suptitle(), "; ".join(panels)))) or "A picture without a title"
+    return ". ".join(filter(None,
+                            (fig.get_suptitle(), "; ".join(panels)))) or "A picture without a title"
 
 
 def show(
@@ -277,7 +278,8 @@ def stack(pngs: Sequence[bytes], width: int = 1000) -> bytes:
     pictures = [Image.open(io.BytesIO(png)).convert("RGB") for png in pngs]
     across = sum(p.width for p in pictures) <= width
     along, beside = (sum, max) if across else (max, sum)
-    page = Image.new("RGB", (along(p.width for p in pictures), beside(p.height for p in pictures)), "white")
+    page = Image.new("RGB", (along(p.width for p in pictures), beside(p.height for p in pictures)),
+                     "white")
     x = y = 0
     for picture in pictures:
         page.paste(picture, (x, y))
@@ -297,7 +299,8 @@ def controls(
     from IPython import display
     from ipywidgets import HBox, Image, Layout, VBox
 
-    picture = Image(format="png", layout=Layout(align_self="flex-start", max_width="100%"))  # not stretched
+    # not stretched
+    picture = Image(format="png", layout=Layout(align_self="flex-start", max_width="100%"))
     def values(): return {name: knob.value for name, knob in knobs.items()}
     def redraw(change=None): picture.value = to_png(draw(**values()))
 

@@ -56,7 +56,8 @@ class ICT(Supervised):
             z, z_m = jointly(self.net, x, x_m)
             w = self.weight * clock.ramp(self.ramp, "sigmoid")
             gap = consistency(z_m, q_m, valid=valid & partner(valid), kind="mse")
-            yield "net", {"supervised": self.supervised_loss(z, y), "consistency": w * gap}, {"w": w}
+            yield "net", {"supervised": self.supervised_loss(z, y),
+                          "consistency": w * gap}, {"w": w}
         self.ema.update(self.net)
 
     def check(self, task, labelled, unlabelled):
