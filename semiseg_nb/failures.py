@@ -20,13 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import IGNORE, UserError, read_json, seed_everything
-from .cutmix import paste
 from .data import Labelled, Task
 from .engine import Run, fit
-from .losses import consistency, divergence
+from .losses import divergence
 from .records import find
-from .supervised import jointly, view
-from .uda import UDA, annealed_labels, sharpen, tsa_threshold
+from .supervised import jointly
+from .uda import UDA
 
 # %% ../nbs/15_failures.ipynb #kappa
 def kappa(
@@ -43,44 +42,15 @@ def kappa(
 
 
 class Healthy(UDA):
-    "UDA with a hook at every place where a mistake fits, and two more statistics; the same step"
+    "UDA with two more statistics; the same step"
 
-    def updates(self, lab, unl, clock):
-        if self.weight == 0:
-            yield from super().updates(lab, unl, clock)
-            return
-        x, y = view(lab, self.policies, clock)
-        x_w, valid = self.weak_view(unl["image"], clock)
-        drawn = clock.draw(self.strong, "strong", x_w)
-        box = clock.boxes(x_w, self.mix)
-        x_s, = paste(box, self.strong.apply_image(x_w, drawn))
-        z, z_w, z_s = self.logits(x, x_w, x_s)
-        target = sharpen(z_w, self.temperature)
-        maps = self.align(drawn, target, self.confidence(z_w, target), valid)
-        target, confidence, valid = paste(box, *maps)
-        trusted = (confidence > self.threshold) & valid
-        if self.tsa != "off":
-            y = annealed_labels(z, y, tsa_threshold(clock.fraction, z.shape[1], self.tsa))
-        loss = self.disagreement(z_s, target, trusted, valid)
-        losses = {"supervised": self.supervised_loss(z, y),
-                  "consistency": self.weight_at(clock) * loss}
-        statistics = {"kept": trusted.sum() / valid.sum().clamp(min=1),
-                      "confidence": z_w.detach().float().softmax(1).amax(1).mean(),
-                      "agreement": kappa(z_s.argmax(1), target.argmax(1), valid, z_s.shape[1])}
-        yield "net", losses, statistics
-        self.ema.update(self.net)
+    def statistics(self, z_w, z_s, target, mask_u, valid):
+        "What UDA logs; the mean confidence; the agreement of student and target beyond chance"
+        more = {"confidence": z_w.detach().float().softmax(1).amax(1).mean(),
+                "agreement": kappa(z_s.argmax(1), target.argmax(1), valid, z_s.shape[1])}
+        return super().statistics(z_w, z_s, target, mask_u, valid) | more
 
-    def confidence(self, z_w: Tensor, target: Tensor) -> Tensor:
-        "Hook: (B,H,W), compared with the threshold"
-        return z_w.float().softmax(1).amax(1)
 
-    def weight_at(self, clock) -> float:
-        "Hook: the weight of the consistency loss at this step"
-        return self.weight * clock.ramp(self.warmup)
-
-    def disagreement(self, z_s: Tensor, target: Tensor, trusted: Tensor, valid: Tensor) -> Tensor:
-        "Hook: the consistency loss before its weight"
-        return consistency(z_s, target, trusted, valid)
 
 # %% ../nbs/15_failures.ipynb #watch
 def watch(
@@ -155,8 +125,8 @@ class SoftmaxTwice(Healthy):
 class SumForMean(Healthy):
     "The loss is divided by images and not by pixels: reduction='batchmean' of `F.kl_div`"
 
-    def disagreement(self, z_s, target, trusted, valid):
-        return super().disagreement(z_s, target, trusted, valid) * valid[0].numel()
+    def disagreement(self, z_s, target, mask_u, valid):
+        return super().disagreement(z_s, target, mask_u, valid) * valid[0].numel()
 
 # %% ../nbs/15_failures.ipynb #moving-target
 class TargetNotDetached(Healthy):
@@ -164,8 +134,8 @@ class TargetNotDetached(Healthy):
 
     def logits(self, x, x_w, x_s): return jointly(self.net, x, x_w, x_s)
 
-    def disagreement(self, z_s, target, trusted, valid):
-        return (divergence(z_s, target) * trusted).sum() / valid.sum().clamp(min=1)
+    def disagreement(self, z_s, target, mask_u, valid):
+        return (divergence(z_s, target) * mask_u).sum() / valid.sum().clamp(min=1)
 
 
 class SharpenedThreshold(Healthy):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .augment import Policy
-from .core import IGNORE, Fraction, NonNegative, Positive, checked, one_of, ramp
 from .cutmix import paste
+from .clock import Clock
+from .core import IGNORE, Fraction, NonNegative, Positive, checked, one_of, ramp
 from .data import Task
 from .losses import consistency
 from .supervised import Supervised, jointly, view
@@ -63,7 +64,7 @@ def follow(
 
 # %% ../nbs/11_uda.ipynb #method
 class UDA(Supervised):
-    "Unsupervised data augmentation, dense: say of a strong view what is believed of the weak one"
+    "Unsupervised data augmentation, dense: the strong view gets the answer of the weak one"
     name, title, paper = "uda", "UDA", "arXiv 1904.12848"
     baseline = {"weight": 0.0}
     uses_unlabelled = True
@@ -75,11 +76,11 @@ class UDA(Supervised):
         task: Task,  # its mean colour fills the padding of views
         *,
         weight: NonNegative = 1.0,  # of the consistency loss; 0 is the supervised baseline
-        threshold: Fraction = 0.8,  # trust a pixel above this belief
+        threshold: Fraction = 0.8,  # a pixel counts above this confidence
         temperature: Positive = 0.5,  # of the target
         tsa: Literal["off", "log", "linear", "exp"] = "off",  # training signal annealing
-        mix: Fraction = 1.0,  # part of the strong views that get a CutMix box (not in the paper)
-        warmup: Fraction = 0.1,  # part of training in which the weight ramps up
+        mix: Fraction = 1.0,  # fraction of strong views with a CutMix box (not in the paper)
+        warmup: Fraction = 0.1,  # fraction of training in which the weight ramps up
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
         super().__init__(net, task, **labelled)
@@ -97,19 +98,19 @@ class UDA(Supervised):
         drawn = clock.draw(self.strong, "strong", x_w)
         box = clock.boxes(x_w, self.mix)
         x_s, = paste(box, self.strong.apply_image(x_w, drawn))
-        # what the teacher believes of the weak view, moved to where the student sees it
+        # target and confidence of the weak view, moved to where the student sees its pixels
         z, z_w, z_s = self.logits(x, x_w, x_s)
         target = sharpen(z_w, self.temperature)
-        belief = z_w.float().softmax(1).amax(1)                    # not the sharpened one
-        target, belief, valid = paste(box, *self.align(drawn, target, belief, valid))
-        trusted = (belief > self.threshold) & valid
+        maps = self.align(drawn, target, self.confidence(z_w, target), valid)
+        target, confidence, valid = paste(box, *maps)
+        mask_u = (confidence > self.threshold) & valid
         # the losses
         if self.tsa != "off":
             y = annealed_labels(z, y, tsa_threshold(clock.fraction, z.shape[1], self.tsa))
-        ramped = self.weight * clock.ramp(self.warmup)
+        loss_u = self.disagreement(z_s, target, mask_u, valid)
         losses = {"supervised": self.supervised_loss(z, y),
-                  "consistency": ramped * consistency(z_s, target, trusted, valid)}
-        yield "net", losses, {"kept": trusted.sum() / valid.sum().clamp(min=1)}
+                  "consistency": self.weight_at(clock) * loss_u}
+        yield "net", losses, self.statistics(z_w, z_s, target, mask_u, valid)
         self.ema.update(self.net)
 
     def logits(self, x: Tensor, x_w: Tensor, x_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,9 +119,29 @@ class UDA(Supervised):
         z, z_s = jointly(self.net, x, x_s)
         return z, z_w, z_s
 
-    def align(self, drawn, target: Tensor, belief: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
-        "Hook: what is believed of the weak view, moved along with the strong view"
-        return follow(self.strong, drawn, target, belief, valid)
+    def confidence(self, z_w: Tensor, target: Tensor) -> Tensor:
+        "Hook: (B,H,W), compared with the threshold; of the unsharpened answer"
+        return z_w.float().softmax(1).amax(1)
+
+    def align(
+        self, drawn, target: Tensor, confidence: Tensor, valid: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        "Hook: the maps of the weak view, moved along with the strong view"
+        return follow(self.strong, drawn, target, confidence, valid)
+
+    def disagreement(self, z_s: Tensor, target: Tensor, mask_u: Tensor, valid: Tensor) -> Tensor:
+        "Hook: the consistency loss before its weight"
+        return consistency(z_s, target, mask_u, valid)
+
+    def weight_at(self, clock: Clock) -> float:
+        "Hook: the weight of the consistency loss at this step"
+        return self.weight * clock.ramp(self.warmup)
+
+    def statistics(
+        self, z_w: Tensor, z_s: Tensor, target: Tensor, mask_u: Tensor, valid: Tensor,
+    ) -> dict[str, Tensor]:
+        "Hook: further numbers for the log"
+        return {"kept": mask_u.sum() / valid.sum().clamp(min=1)}
 
 # %% ../nbs/11_uda.ipynb #self-uda
 class SelfUDA(UDA):

@@ -121,7 +121,7 @@ def test_sharpening_keeps_the_winner_and_lowers_the_entropy():
 
 
 # 5
-def test_a_threshold_of_one_trusts_nothing_and_stays_finite(task):
+def test_at_a_threshold_of_one_no_pixel_counts_and_the_loss_stays_finite(task):
     method = UDA(net(task), task, threshold=1.0)
     losses, statistics = step_of(method, task)
     assert losses["consistency"] == 0 and statistics["kept"] == 0
@@ -159,10 +159,10 @@ def test_tsa_thresholds(schedule, values):
     assert [tsa_threshold(s, 5, schedule) for s in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx(values, abs=6e-4)
 
 
-def test_tsa_hides_what_is_already_believed():
+def test_tsa_hides_pixels_that_are_surely_right():
     z = torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.1, 0.0]]).T.view(1, 2, 1, 3)
     y = torch.tensor([[[0, 0, 255]]])
-    assert annealed_labels(z, y, 0.5).tolist() == [[[255, 0, 255]]]      # believed: hidden; wrong: kept; ignored: stays ignored
+    assert annealed_labels(z, y, 0.5).tolist() == [[[255, 0, 255]]]      # sure: hidden; wrong: kept; ignored: stays ignored
     assert torch.equal(annealed_labels(z, y, 1.0), y)                    # at 1 nothing is hidden
     assert cross_entropy(z, annealed_labels(z, torch.tensor([[[0, 1, 0]]]), 0.3)) == 0      # all hidden: 0, not nan
 
@@ -177,7 +177,7 @@ def test_a_warped_target_is_aligned_and_a_missing_warp_is_not(task):
     "A 1x1 convolution is exactly equivariant: with the target warped along, nothing is left to disagree about"
     flip = flip_crop(scale=(1, 1), shift=0, flip=1.0)
     class LeftBehind(SelfUDA):
-        def align(self, drawn, target, belief, valid): return target, belief, valid
+        def align(self, drawn, target, confidence, valid): return target, confidence, valid
     for make, check in ((SelfUDA, lambda v: v < 1e-6), (LeftBehind, lambda v: v > 1e-4)):
         method = seen_through(flip, make)(net(task, "conv"), task, temperature=1.0, threshold=0.0, mix=0.0)
         assert check(losses_of(method, task)["consistency"]), make
@@ -186,8 +186,8 @@ def test_a_warped_target_is_aligned_and_a_missing_warp_is_not(task):
 def test_follow_of_a_photometric_view_changes_nothing(task):
     policy = randaugment(n=2, strength=0.5)
     drawn = policy.sample(2, (6, 7), generator(0, "views"))
-    q, belief, valid = logits().softmax(1).float(), torch.rand(2, 6, 7), torch.rand(2, 6, 7) > 0.5
-    for a, b in zip(follow(policy, drawn, q, belief, valid), (q, belief, valid)): assert torch.equal(a, b)
+    q, confidence, valid = logits().softmax(1).float(), torch.rand(2, 6, 7), torch.rand(2, 6, 7) > 0.5
+    for a, b in zip(follow(policy, drawn, q, confidence, valid), (q, confidence, valid)): assert torch.equal(a, b)
 
 
 # 9
@@ -252,3 +252,15 @@ def test_a_few_steps_lower_the_supervised_loss(task, make):
     method = make(net(task), task, threshold=0.5, lr=5e-3)
     run = fit(method, task, 40, batch_size=4, progress=False, eval_on=False)
     assert run.history[-1]["supervised"] < 0.8 * run.history[0]["supervised"] and math.isfinite(run.history[-1]["consistency"])
+
+
+def test_an_ablation_overrides_a_hook(task):
+    class Doubled(UDA):
+        def weight_at(self, clock): return 2 * super().weight_at(clock)
+    class Nowhere(UDA):
+        def confidence(self, z_w, target): return torch.zeros_like(z_w[:, 0])
+    class Logged(UDA):
+        def statistics(self, *maps): return super().statistics(*maps) | {"more": maps[0].mean()}
+    plain, double, nothing = (losses_of(make(net(task), task, threshold=0.2), task)["consistency"] for make in (UDA, Doubled, Nowhere))
+    assert double == 2 * plain > 0 == nothing
+    assert set(step_of(Logged(net(task), task), task)[1]) == {"kept", "more"}
