@@ -34,7 +34,8 @@ def large_enough(
     "Raise `UserError` when a discriminator has nothing left of a map"
     if min(size) < least:
         raise UserError(f"A discriminator of {n_layers} layers leaves nothing of a map of "
-                        f"{size[0]}x{size[1]}: take fewer layers, or images of at least {least} pixels.")
+                        f"{size[0]}x{size[1]}: take fewer layers, "
+                        f"or images of at least {least} pixels.")
 
 
 class FCDiscriminator(nn.Module):
@@ -61,7 +62,8 @@ class FCDiscriminator(nn.Module):
     ) -> Tensor:  # (B,1,H,W) logits, above 0 for "ground truth"
         "One logit per pixel; raises `UserError` for maps that are too small"
         large_enough(p.shape[-2:], self.n_layers, 2**self.n_layers)
-        return F.interpolate(self.layers(p).float(), p.shape[-2:], mode="bilinear", align_corners=False)
+        d = self.layers(p).float()
+        return F.interpolate(d, p.shape[-2:], mode="bilinear", align_corners=False)
 
 # %% ../nbs/19_adversarial.ipynb #patch
 def start_small(net: nn.Module, std: float = 0.02) -> nn.Module:
@@ -74,7 +76,7 @@ def start_small(net: nn.Module, std: float = 0.02) -> nn.Module:
 
 
 def instance_norm(c: int) -> nn.Module:
-    "Instance normalisation without weights, as one group per channel: a fifth faster in channels-last memory"
+    "Instance normalisation without weights, as one group per channel: faster in channels-last"
     return nn.GroupNorm(c, c, affine=False)
 
 
@@ -93,7 +95,7 @@ class PatchDiscriminator(nn.Module):
         self.n_layers = n_layers
         widths = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
         layers = [nn.Conv2d(n_in, ndf, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for i in range(n_layers):                                          # the last of these keeps the size
+        for i in range(n_layers):  # the last of these keeps the size
             layers.append(nn.Conv2d(widths[i], widths[i + 1], 4, 2 if i < n_layers - 1 else 1, 1))
             if norm == "instance": layers.append(instance_norm(widths[i + 1]))
             layers.append(nn.LeakyReLU(0.2))
@@ -115,7 +117,7 @@ def answer(
     D: nn.Module,  # a discriminator
     *maps: Tensor,  # what it looks at
 ):  # its answer
-    "Ask a discriminator that stands still: gradients reach the maps alone; spectral norm makes no step"
+    "Ask a discriminator that stands still: gradients reach the maps alone, spectral norm rests"
     weights = [p for p in D.parameters() if p.requires_grad]
     norms = [m.parametrizations for m in D.modules() if parametrize.is_parametrized(m)]
     for p in weights: p.requires_grad_(False)
@@ -199,7 +201,8 @@ def verdicts(
         if mask is None: mask = torch.ones_like(values[:, 0], dtype=torch.bool)
         return torch.where(mask, values[:, 0].float(), 0).sum() / mask.sum().clamp(min=1)
     d_fake, d_real = d_fake.detach(), d_real.detach()
-    return {"verdict on fakes": mean(d_fake.sigmoid(), fake), "verdict on real": mean(d_real.sigmoid(), real),
+    return {"verdict on fakes": mean(d_fake.sigmoid(), fake),
+            "verdict on real": mean(d_real.sigmoid(), real),
             "right on fakes": mean(d_fake < 0, fake), "right on real": mean(d_real > 0, real)}
 
 # %% ../nbs/19_adversarial.ipynb #upper-part
@@ -207,13 +210,13 @@ def upper_part(
     confidence: Tensor,  # (B,H,W) in [0,1]
     rejected: float,  # the part that is left out
     valid: Tensor,  # (B,H,W) bool
-    groups: Tensor | None = None,  # (B,H,W) int64: the order is taken within each of these; None: within all
+    groups: Tensor | None = None,  # (B,H,W) int64: order within each of these; None: within all
     n_groups: int = 1,
 ) -> Tensor:  # (B,H,W) bool
     "Of every group the pixels with the highest confidence, all but the part `rejected`"
     if groups is None: groups = torch.zeros_like(confidence, dtype=torch.long)
     group = torch.where(valid, groups, n_groups).flatten()
-    order = (2.0 * group - confidence.flatten()).argsort()      # group by group, the most confident first
+    order = (2.0 * group - confidence.flatten()).argsort()  # group by group, highest first
     count = torch.zeros(n_groups + 1, device=group.device)
     count.scatter_add_(0, group, torch.ones_like(group, dtype=torch.float))
     first, sorted_group = count.cumsum(0) - count, group[order]
@@ -233,7 +236,8 @@ def fresh_masks(
     y = labelled.masks.index_select(0, torch.tensor(stream.batch(clock.step)))
     if labelled.crop:
         corner = clock.rand("real crop", n, 2)
-        y = random_crop({"image": y[:, None].expand(-1, 3, -1, -1)}, labelled.crop, corner)["image"][:, 0]
+        batch = {"image": y[:, None].expand(-1, 3, -1, -1)}
+        y = random_crop(batch, labelled.crop, corner)["image"][:, 0]
     return y.to(device, non_blocking=True).long()
 
 # %% ../nbs/19_adversarial.ipynb #gate
@@ -258,7 +262,7 @@ class Pool(nn.Module):
         in_range("pool", size, 0)
         self.size, self._n = size, 0
         self.register_buffer("images", torch.zeros(size, *shape))
-        self.register_buffer("n", torch.zeros((), dtype=torch.long))       # how many are stored
+        self.register_buffer("n", torch.zeros((), dtype=torch.long))  # how many are stored
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -270,7 +274,7 @@ class Pool(nn.Module):
         new: Tensor,  # (B,C,H,W) what was just made
         rng: torch.Generator,  # of this step, e.g. `clock.rng("pool")`
     ) -> Tensor:  # (B,C,H,W) without history
-        "Store, swap, return what the discriminator shall see; raises `UserError` for a batch beyond the pool"
+        "Store, swap, return what the discriminator sees; `UserError` for a batch beyond the pool"
         new = new.detach()
         if not self.size: return new
         if len(new) > self.size:
@@ -283,8 +287,9 @@ class Pool(nn.Module):
             self.n += first
         rest = new[first:]
         if not len(rest): return new
-        place = torch.randperm(self.size, generator=rng)[:len(rest)].to(new.device, non_blocking=True)
-        swap = (torch.rand(len(rest), 1, 1, 1, generator=rng) < 0.5).to(new.device, non_blocking=True)
+        place = torch.randperm(self.size, generator=rng)[:len(rest)]
+        swap = torch.rand(len(rest), 1, 1, 1, generator=rng) < 0.5
+        place, swap = (t.to(new.device, non_blocking=True) for t in (place, swap))
         old = self.images[place]
         self.images[place] = torch.where(swap, rest, old)
         return torch.cat([new[:first], torch.where(swap, old, rest)])

@@ -3,6 +3,7 @@ import copy
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,8 @@ CELLS = {c["id"]: "".join(c["source"]) for c in
          json.loads((Path(__file__).resolve().parents[1] / "nbs/20_advsemiseg.ipynb").read_text(encoding="utf-8"))["cells"]}
 LESSON = dict(vars(advsemiseg))  # what the lesson's cells see
 for name in ("as-published", "alternatives"): exec(CELLS[name], LESSON)
-AsPublished, PlainLabels, ConfidentLabels = LESSON["AsPublished"], LESSON["PlainLabels"], LESSON["ConfidentLabels"]
-TrustOfBatch, TrustByConfidence = LESSON["TrustOfBatch"], LESSON["TrustByConfidence"]
-FORMS = [AdvSemiSeg, AsPublished, TrustOfBatch, TrustByConfidence]
+AsPublished, PlainLabels, TrustByConfidence = LESSON["AsPublished"], LESSON["PlainLabels"], LESSON["TrustByConfidence"]
+FORMS = [AdvSemiSeg, AsPublished, PlainLabels, TrustByConfidence]
 
 
 @pytest.fixture(scope="module")
@@ -242,9 +242,8 @@ def test_the_lessons_forms_are_trusted_as_they_say(task):
     verdict, z, valid = randn(2, 8, 8).sigmoid(), randn(2, task.n_classes, 8, 8, seed=1), randn(2, 8, 8, seed=2) > -1
     def chosen(make, **more): return method(task, make, **more).trusted(verdict, z, valid)
     assert torch.equal(chosen(AsPublished, threshold=0.4), (verdict >= 0.4) & valid)
-    assert torch.equal(chosen(TrustOfBatch, threshold=0.4), upper_part(verdict, 0.4, valid))
     confident = upper_part(z.softmax(1).amax(1), 0.4, valid, z.argmax(1), task.n_classes)
-    assert torch.equal(chosen(TrustByConfidence, threshold=0.4), confident) and torch.equal(chosen(ConfidentLabels, threshold=0.4), confident)
+    assert torch.equal(chosen(TrustByConfidence, threshold=0.4), confident)
     assert torch.equal(chosen(PlainLabels), valid)
 
 
@@ -258,12 +257,14 @@ def test_the_published_form_learns_on_the_view_that_gives_the_label(task):
     assert passes == [8]                                                                   # four labelled, four weak views, nothing twice
 
 
-def test_plain_pseudo_labelling_asks_no_discriminator(task):
-    m = method(task, PlainLabels, self_training=0.7)
-    m.D.register_forward_hook(lambda *a: pytest.fail("the discriminator was asked"))
-    lab, unl = batch(task)
-    (name, losses), = m.updates(lab, unl, Clock(50, 100))
-    assert name == "net" and set(losses) == {"supervised", "self training"}
+def test_without_its_push_the_discriminator_has_no_say_in_plain_pseudo_labelling(task):
+    ends = []
+    for bias in (-9.0, 9.0):                                                               # D calls everything a prediction, or a mask
+        m = method(task, PlainLabels, adversarial=0.0, adversarial_u=0.0)
+        nn.init.constant_([layer for layer in m.D.modules() if isinstance(layer, nn.Conv2d)][-1].bias, bias)
+        sum(updates(m, task)["net"][0].values()).backward()
+        ends.append([p.grad for p in m.net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
 
 
 # ---------------------------------------------------------------- runs
@@ -323,3 +324,25 @@ def test_a_single_unlabelled_image_has_no_partner_for_cutmix(task):
 def test_health_says_what_the_curves_mean():
     assert "wins too easily" in health([{"fake": 0.01, "real": 0.17}], 0.1) and "guessing" in health([{"fake": 0.34, "real": 0.35}])
     assert "healthy" in health([{"fake": 0.2, "real": 0.25}]) and "No discriminator" in health([{"supervised": 1.0}])
+
+
+def test_the_solutions_of_the_lesson_pass_its_check_and_empty_cells_do_not(capsys):
+    names = {"torch": torch, "F": F, "math": math}
+    for i in (1, 2, 3): exec(CELLS[f"exercise-{i}"], names)
+    exec(CELLS["exercise-check"], names)
+    assert capsys.readouterr().out.split("\n")[:-1] == ["not yet"] * 3
+    for solution in re.findall(r"```python\n(.*?)```", CELLS["answers"], re.S): exec(solution, names)
+    exec(CELLS["exercise-check"], names)
+    assert capsys.readouterr().out.split("\n")[:-1] == ["right"] * 3
+
+
+def test_the_page_trains_the_same_networks_as_the_class(task):
+    "One update for the network, which D does not feel, and one for D, which the network does not feel"
+    names = dict(LESSON)
+    exec(CELLS["plain"], names)
+    m = names["PlainAdvSemiSeg"](net(task), task)
+    (name, losses, _), (other, d_losses) = m.updates(*batch(task), Clock(50, 100))
+    assert (name, other) == ("net", "D") and {"adversarial", "own labels"} < set(losses)
+    assert not any(g.any() for g in torch.autograd.grad(sum(losses.values()), list(m.D.parameters()), allow_unused=True) if g is not None)
+    reach = torch.autograd.grad(sum(d_losses.values()), list(m.net.parameters()), allow_unused=True)
+    assert all(g is None for g in reach)
