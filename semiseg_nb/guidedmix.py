@@ -105,7 +105,7 @@ class MITrans(nn.Module):
     def forward(self, a: Tensor) -> Tensor:
         return self.merge(torch.cat([a, self.second(self.attention(self.first(a)))], 1))
 
-# %% ../nbs/30_guidedmix.ipynb #with-mitrans
+
 def deepest_channels(net: nn.Module, size: int = 64) -> int:
     "Channels of the last map of `net.encode`, found by encoding a grey image"
     modes = [(module, module.training) for module in net.modules()]
@@ -275,7 +275,7 @@ class GuidedMix(Supervised):
         mask_q = confident(z_q.detach(), self.threshold)
         return {"pairs": consistency(z_s, z_q.float().softmax(1), mask_q, valid, kind="ce")}
 
-# %% ../nbs/30_guidedmix.ipynb #profiles
+
 PAPER = dict(teacher="self", mix=0.0, lam_max=0.5, renorm=False, blend=0.0)  # as far as it is known
 
 
