@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'mean_features', 'distances', 'mixing_weights', 'mixup', 'Attention', 'MITrans', 'deepest_channels',
-           'WithMITrans', 'maps_and_logits', 'decouple', 'blended', 'squared_gap', 'mask_statistics', 'GuidedMix',
+           'WithMITrans', 'maps_and_logits', 'decouple', 'mean_answer', 'squared_gap', 'mask_statistics', 'GuidedMix',
            'JointGuidedMix']
 
 # %% ../nbs/30_guidedmix.ipynb #imports
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cutmix import paste
 from .clock import Clock
 from .core import Fraction, NonNegative, Range, UserError, checked
-from .cutmix import paste
 from .data import Task
 from .losses import confident, consistency, one_hot
 from .networks import conv_bn_relu
@@ -56,7 +56,7 @@ def mixup(
 
 # %% ../nbs/30_guidedmix.ipynb #attention
 class Attention(nn.Module):
-    "Every place of a map asks every other: the non-local block, which begins as the identity"
+    "Each place of a map attends to all others: the non-local block, which begins as the identity"
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         return tuple(m.flatten(2).transpose(1, 2) for m in maps)
 
     def weights(self, b: Tensor) -> Tensor:
-        "Who listens to whom, (B,N,M), rows sum to 1: for pictures and tests"
+        "The matrix A, (B,N,M), rows sum to 1: for pictures and tests"
         q, k, _ = self.tokens(b)
         return (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).float().softmax(-1)
 
@@ -105,7 +105,7 @@ class MITrans(nn.Module):
     def forward(self, a: Tensor) -> Tensor:
         return self.merge(torch.cat([a, self.second(self.attention(self.first(a)))], 1))
 
-# %% ../nbs/30_guidedmix.ipynb #with-mitrans
+
 def deepest_channels(net: nn.Module, size: int = 64) -> int:
     "Channels of the last map of `net.encode`, found by encoding a grey image"
     modes = [(module, module.training) for module in net.modules()]
@@ -153,12 +153,12 @@ def decouple(
     return z / (1 - lam) if renorm else z
 
 
-def blended(
+def mean_answer(
     z_d: Tensor,  # (B,C,H,W) decoupled logits
     z_u: Tensor,  # (B,C,H,W) logits of the plain unlabelled images
     part: float,  # of the plain answer, in [0,1]
 ) -> Tensor:  # (B,C,H,W) logits of the pseudo mask
-    "The mean of two opinions, as probabilities; with part 0 the decoupled logits as they are"
+    "The mean of two answers, as probabilities; with part 0 the decoupled logits as they are"
     if part == 0: return z_d
     return torch.lerp(z_d.float().softmax(1), z_u.float().softmax(1), part).clamp(min=1e-8).log()
 
@@ -203,7 +203,7 @@ class GuidedMix(Supervised):
         mix: Fraction = 1.0,  # part of the strong views with a CutMix box; 0 with teacher="self"
         renorm: bool = True,  # divide the decoupled logits by 1 - lambda
         blend: Fraction = 0.5,  # part of the plain answer in the pseudo mask
-        threshold: Fraction = 0.7,  # trust a pseudo mask above this belief
+        threshold: Fraction = 0.7,  # a pseudo mask counts above this confidence
         **labelled,  # of `Supervised`: views, n, strength, lr, weight_decay, ema_decay
     ):
         if teacher == "self" and mix > 0:
@@ -233,9 +233,9 @@ class GuidedMix(Supervised):
             index = self.partners(distance, clock)                              # 1. pair
             lam = self.parts(len(x_w), clock).to(x.device)                      # 2. mix, 3. MITrans
             z_m = self.mixed_logits(teacher, x_w, x[index], f_u, f_l[index], lam)
-            z_d = self.decoupled(z_m, z_l[index].detach(), lam)                 # 4. decouple
-        shown = mask_statistics(z_d, z_u, valid)
-        z_q = blended(z_d, z_u, self.blend)
+            z_d = self.remainder(z_m, z_l[index].detach(), lam)                 # 4. decouple
+        statistics = mask_statistics(z_d, z_u, valid)
+        z_q = mean_answer(z_d, z_u, self.blend)
         if own: f, z, z_s = f_l, z_l, z_u                                       # 5. learn
         else:
             x_s = self.strong_view(x_w, clock)
@@ -243,14 +243,15 @@ class GuidedMix(Supervised):
             (f, _), (z, z_s) = maps_and_logits(self.net, x, x_s)
         w = self.weight * clock.ramp(self.ramp, "sigmoid")
         pairs = self.pair_losses(z_s, z_q, valid, z_m, y[index], lam)
-        losses = {"supervised": self.supervised_loss(z, y)} | {k: w * loss for k, loss in pairs.items()}
+        losses = {"supervised": self.supervised_loss(z, y)}
+        losses |= {k: w * loss for k, loss in pairs.items()}
         if self.classify is not None:
             scores = self.classify(mean_features(f)).float()
             present = one_hot(y, scores.shape[1]).amax((2, 3))
             alignment = F.binary_cross_entropy_with_logits(scores, present)
             losses["alignment"] = self.alignment * alignment
-        gap = distance.gather(1, index[:, None]).mean()
-        yield "net", losses, {"w": w, "lambda": lam.mean(), "distance": gap, **shown}
+        distance = distance.gather(1, index[:, None]).mean()
+        yield "net", losses, {"w": w, "lambda": lam.mean(), "distance": distance, **statistics}
         self.ema.update(self.net)
 
     def partners(self, distance: Tensor, clock: Clock) -> Tensor:
@@ -265,16 +266,16 @@ class GuidedMix(Supervised):
         "Logits of unlabelled images mixed with partners; `f_u` and `f_p` are their deepest maps"
         return net(mixup(x_u, x_p, lam))
 
-    def decoupled(self, z_m: Tensor, z_l: Tensor, lam: Tensor) -> Tensor:
+    def remainder(self, z_m: Tensor, z_l: Tensor, lam: Tensor) -> Tensor:
         "What the mixture says about the unlabelled image, (B,C,H,W): the soft form"
         return decouple(z_m, z_l, lam, self.renorm)
 
     def pair_losses(self, z_s, z_q, valid, z_m, y_p, lam) -> dict:
-        "Who learns from whom: the student `z_s` from the pseudo mask `z_q`, where it is believed"
-        trusted = confident(z_q.detach(), self.threshold)
-        return {"pairs": consistency(z_s, z_q.float().softmax(1), trusted, valid, kind="ce")}
+        "Who learns from whom: the student `z_s` from the pseudo mask `z_q`, where it is confident"
+        mask_q = confident(z_q.detach(), self.threshold)
+        return {"pairs": consistency(z_s, z_q.float().softmax(1), mask_q, valid, kind="ce")}
 
-# %% ../nbs/30_guidedmix.ipynb #profiles
+
 PAPER = dict(teacher="self", mix=0.0, lam_max=0.5, renorm=False, blend=0.0)  # as far as it is known
 
 

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ from semiseg_nb.guidedmix import (
     JointGuidedMix,
     MITrans,
     WithMITrans,
-    blended,
     decouple,
     deepest_channels,
     distances,
     maps_and_logits,
+    mean_answer,
     mean_features,
     mixing_weights,
     mixup,
@@ -241,9 +242,9 @@ def test_a_mask_is_a_distribution_and_lambda_belongs_to_its_image():
 
 def test_a_blend_is_the_mean_of_two_distributions():
     z_d, z_u = rand(2, 5, 4, 4), rand(2, 5, 4, 4, seed=1)
-    assert blended(z_d, z_u, 0.0) is z_d
+    assert mean_answer(z_d, z_u, 0.0) is z_d
     for part in (0.25, 1.0):
-        torch.testing.assert_close(blended(z_d, z_u, part).softmax(1), (1 - part) * z_d.softmax(1) + part * z_u.softmax(1))
+        torch.testing.assert_close(mean_answer(z_d, z_u, part).softmax(1), (1 - part) * z_d.softmax(1) + part * z_u.softmax(1))
 
 
 # 6 gradients
@@ -251,7 +252,7 @@ def test_a_blend_is_the_mean_of_two_distributions():
 def test_who_learns_from_whom(task, form, learns):
     z_u, z_m, z_l = (rand(2, 5, 4, 4, seed=s).requires_grad_() for s in range(3))
     method, everywhere = make(task, form, threshold=0.0), torch.ones(2, 4, 4, dtype=torch.bool)
-    z_d = method.decoupled(z_m, z_l.detach(), parts(0.2, 0.4))
+    z_d = method.remainder(z_m, z_l.detach(), parts(0.2, 0.4))
     method.pair_losses(z_u, z_d, everywhere, z_m, torch.zeros(2, 4, 4, dtype=torch.long), parts(0.2, 0.4))["pairs"].backward()
     assert (z_u.grad is not None, z_m.grad is not None) == learns and z_l.grad is None
     for z in (z_u, z_m): assert z.grad is None or z.grad.abs().sum() > 0
@@ -497,3 +498,12 @@ def test_a_single_unlabelled_image_has_nobody_to_paste_from(task):
 def test_a_few_steps_lower_the_supervised_loss(task):
     run = train(make(task, "paper", lr=5e-3), task, 30)
     assert run.history[-1]["supervised"] < 0.8 * run.history[0]["supervised"]
+
+
+def test_the_solutions_of_the_exercises():
+    cells = {c["id"]: "".join(c["source"]) for c in json.loads(LESSON.read_text(encoding="utf-8"))["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = dict(globals())
+    exec(code, names)
+    empty = set(cells["exercise"].removeprefix("# ").strip().split(", "))
+    assert empty == {"factor", "nearest_by_cosine", "KeepsAverages"} <= set(names) and code.count("assert") == 2
