@@ -1,4 +1,6 @@
 "SemanticGAN: what each loss moves, what the discriminators may see, penalties when due, and stored generators"
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -407,3 +409,14 @@ def test_images_that_are_no_squares_are_refused():
     x, y = torch.zeros(4, 3, 16, 32, dtype=torch.uint8), torch.zeros(4, 16, 32, dtype=torch.uint8)
     wide = Task("wide", ("a", "b"), ((0, 0, 0),) * 2, Labelled(["a"], x[:1], y[:1], 2), Images(["b"], x[1:2]), Labelled(["c"], x[2:3], y[2:3], 2))
     with pytest.raises(UserError, match="16x32"): SemanticGAN(wide)
+
+
+# the lesson
+def test_the_solutions_of_the_exercises():
+    lesson = json.loads((ROOT / "nbs/41_semanticgan.ipynb").read_text(encoding="utf-8"))
+    cells = {c["id"]: "".join(c["source"]) for c in lesson["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = {"torch": torch}
+    exec(code, names)
+    empty = [cells[f"exercise-{i}"].removeprefix("# ").strip() for i in (1, 2)]
+    assert set(empty) == {"sees_second", "accuracy_of_each"} <= set(names) and code.count("assert") == 2
