@@ -271,7 +271,7 @@ def to_png(fig: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def stack(pngs: Sequence[bytes], width: int = 1000) -> bytes:
+def stack(pngs: Sequence[bytes], form: str = "png", width: int = 1000) -> bytes:
     "Pictures side by side where they fit into a width of pixels, otherwise below each other"
     from PIL import Image
 
@@ -285,14 +285,15 @@ def stack(pngs: Sequence[bytes], width: int = 1000) -> bytes:
         page.paste(picture, (x, y))
         x, y = (x + picture.width, y) if across else (x, y + picture.height)
     buffer = io.BytesIO()
-    page.save(buffer, "PNG", optimize=True)
+    page.save(buffer, form, optimize=True, quality=80)
     return buffer.getvalue()
 
 
 def controls(
     draw: Callable,  # takes one keyword per knob and returns a matplotlib figure
     /,
-    states: Sequence[dict] = (),  # positions of the knobs whose pictures stay on a page without a kernel
+    states: Sequence[dict] = (),  # of the knobs, whose pictures stay on a page without a kernel
+    photo: bool = False,  # these pictures as JPEG, see `show`
     **knobs,  # name -> a widget of ipywidgets, such as IntSlider(2, 0, 4)
 ) -> None:
     "Show the knobs and the figure that `draw` makes of their values; works without a front end too"
@@ -314,5 +315,6 @@ def controls(
     figures = [draw(**values() | state) for state in states]
     words = [", ".join(f"{k} = {v}" for k, v in state.items()) + ": " + figure_words(fig)
              for state, fig in zip(states, figures)]
-    strip = display.Image(stack([to_png(fig) for fig in figures]), alt=". ".join(words))
-    display.display(strip, metadata={"image/png": {"alt": strip.alt}})
+    form = "jpeg" if photo else "png"
+    strip = display.Image(stack([to_png(fig) for fig in figures], form), format=form)
+    display.display(strip, metadata={f"image/{form}": {"alt": ". ".join(words)}})

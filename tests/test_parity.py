@@ -15,7 +15,7 @@ from torch import nn
 VECTORS = Path(__file__).parent / "parity"
 TOLERANCE = 1e-5
 HOME = {  # piece of this package -> its module
-    "Upsampler": "models", "EMA": "core", "ramp": "core", "poly": "core",
+    "Upsampler": "networks", "EMA": "core", "ramp": "core", "poly": "core",
     "consistency": "losses", "cross_entropy": "losses", "paste": "augment",
     "Clock": "clock", "load_task": "catalogue", "UniMatch": "unimatch", "CPS": "pseudo_labels", "PlainCPS": "pseudo_labels",
     "tsa_threshold": "uda", "class_mask": "pseudo_labels", "pseudo_label": "pseudo_labels", "kept": "pseudo_labels", "hard_loss": "pseudo_labels",

@@ -154,5 +154,5 @@ def test_pictures_stand_side_by_side_where_they_fit():
     wide, high = (plt.figure(figsize=size, dpi=50) for size in ((4, 1), (4, 2)))
     for fig in (wide, high): fig.add_axes((0, 0, 1, 1))
     pngs = [to_png(wide), to_png(high)]
-    across, below = (Image.open(io.BytesIO(stack(pngs, width))) for width in (1000, 300))
+    across, below = (Image.open(io.BytesIO(stack(pngs, width=width))) for width in (1000, 300))
     assert across.width > below.width and across.height < below.height
