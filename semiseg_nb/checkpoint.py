@@ -25,7 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .core import Output, UserError, atomic_write, check_writable, clear_temporaries, read_json
+from semiseg_nb.core import (
+    Output,
+    UserError,
+    atomic_write,
+    check_writable,
+    clear_temporaries,
+    read_json,
+)
 
 # %% ../nbs/07_checkpoint.ipynb #fingerprint
 def fingerprint(
@@ -279,7 +286,8 @@ def check_memory_of(optimiser: torch.optim.Optimizer, memory: dict) -> None:
     "Raise `ValueError` where what an optimiser remembers does not fit its weights"
     params = [p for group in optimiser.param_groups for p in group["params"]]
     names = {k for remembered in memory.values() for k, v in remembered.items() if v is not None}
-    if not memory.keys() <= set(range(len(params))): raise ValueError("an optimiser has other weights")
+    if not memory.keys() <= set(range(len(params))):
+        raise ValueError("an optimiser has other weights")
     for i, remembered in memory.items():
         kinds = {k: torch.zeros(()) if k == "step" else params[i] for k in names}
         check_tensors({k: v for k, v in remembered.items() if v is not None}, kinds)
@@ -291,7 +299,8 @@ def row_is_sane(row: dict) -> bool:
     for name, value in row.items():
         if name in kinds and (type(value) is not kinds[name] or not value >= 0): return False
         if name in ("miou", "pixel_accuracy", "ece") and value > 1: return False
-        if (isinstance(value, float) and not np.isfinite(value)) or isinstance(value, dict): return False
+        if isinstance(value, float) and not np.isfinite(value): return False
+        if isinstance(value, dict): return False
     scored = "miou" not in row or {"iou_per_class", "pixel_accuracy", "ece"} <= row.keys()
     return scored and {"step", "seconds", "lr"} <= row.keys()
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .core import generator, ramp
 from .cutmix import cutmix_boxes
+from .core import generator, ramp
 
 # %% ../nbs/07_clock.ipynb #clock
 @dataclass(frozen=True)
@@ -38,19 +38,20 @@ class Clock:
         return slice(self.rank * n, (self.rank + 1) * n)
 
     def draw(self, policy, stream: str, images: Tensor):
-        "Parameters of `policy` for these images, (B,3,H,W): drawn for the global batch, cut to this process's rows"
+        "Parameters of `policy` for this process's rows (B,3,H,W): drawn for the global batch"
         n = len(images)
         drawn = policy.sample(n * self.world, images.shape[-2:], self.rng(stream))
         return drawn[self.rows(n)].to(images.device)
 
     def boxes(self, images: Tensor, part: float = 1.0, stream: str = "cutmix") -> Tensor:
-        "CutMix boxes, (B,H,W) bool, for these images, (B,3,H,W); only `part` of the images gets one"
+        "CutMix boxes, (B,H,W) bool, for images (B,3,H,W); only `part` of the images gets one"
         n, rng = len(images) * self.world, self.rng(stream)
-        boxes = cutmix_boxes(n, images.shape[-2:], rng) & (torch.rand(n, 1, 1, generator=rng) < part)
+        boxes = cutmix_boxes(n, images.shape[-2:], rng)
+        boxes = boxes & (torch.rand(n, 1, 1, generator=rng) < part)
         return boxes[self.rows(len(images))].to(images.device)
 
     def rand(self, stream: str, n: int, *shape: int) -> Tensor:
-        "Uniform numbers (n,*shape) on the CPU: drawn for the global batch, cut to this process's rows"
+        "Uniform numbers (n,*shape) on the CPU: this process's rows of those of the global batch"
         return torch.rand(n * self.world, *shape, generator=self.rng(stream))[self.rows(n)]
 
     def randn(self, stream: str, n: int, *shape: int) -> Tensor:
@@ -58,5 +59,5 @@ class Clock:
         return torch.randn(n * self.world, *shape, generator=self.rng(stream))[self.rows(n)]
 
     def ramp(self, part: float, kind: str = "linear") -> float:
-        "A weight that grows over the first `part` of training and stays at its end (a key of `RAMPS`)"
+        "A weight that grows over the first `part` of training and then stays (a key of `RAMPS`)"
         return ramp(self.fraction / part if part > 0 else 1.0, kind)

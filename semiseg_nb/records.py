@@ -109,10 +109,12 @@ def commit() -> str | None:
     if "__file__" not in globals(): folder, own = Path.cwd(), "."
     else: folder, own = Path(__file__).parent, Path(__file__).name
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True,
+                              check=True)
         return done.stdout.strip()
     try:
-        git("ls-files", "--error-unmatch", own)  # an environment in somebody's repository is not ours
+        # an environment in somebody's repository is not ours
+        git("ls-files", "--error-unmatch", own)
         changes = git("status", "--porcelain", "--", ".")
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.CalledProcessError): return None
@@ -174,7 +176,7 @@ def write_record(
     record: dict,  # see `make_record`
     root: str | Path = "results",  # folder of all records
 ) -> Path:  # <root>/<dataset>-<n_labelled>/<method>-<hash>.json
-    "Write a record whole; the same run replaces itself. Raises `UserError` for a record that is none"
+    "Write a record whole; the same run replaces itself. Raises `UserError` for one that is none"
     problem = what_is_wrong(record)
     if problem: raise UserError(f"This record cannot be written: {problem}.")
     data = record["dataset"]
@@ -192,7 +194,7 @@ def checksum(record: dict) -> str:
 
 
 def what_has_changed(record: dict, stem: str) -> str | None:
-    "Why a record is no longer what was written under this name; None where it is, or cannot be known"
+    "Why a record is not what was written under this name; None where it is, or nobody can know"
     if "checksum" not in record: return None  # the first edition wrote none
     if record["checksum"] != checksum(record):
         return "it was changed since it was written (its checksum does not match)"
@@ -207,7 +209,7 @@ def without_nan(value):
 
 # %% ../nbs/08_records.ipynb #read
 def read_records(root: str | Path = "results") -> tuple[list[dict], dict[str, str]]:
-    "All records below a folder (ablations and benchmarks aside), and what was refused: file -> reason"
+    "All records below a folder (ablations and benchmarks aside), and the refused: file -> reason"
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"There is no folder {root} with records: "
@@ -251,7 +253,7 @@ def lessons_home() -> Path:
 def find(
     name: str | Path,  # from the root of the repository, e.g. "results"
 ) -> Path:
-    "A file or folder of the lessons, whatever the working directory; `UserError` where it is missing"
+    "A file or folder of the lessons, from any working directory; `UserError` where it is missing"
     around = [p for p in (Path(), Path("..")) if (p / "nbs/00_core.ipynb").exists()]
     home = around[0] if around else lessons_home()
     if (home / name).exists(): return home / name

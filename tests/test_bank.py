@@ -1,12 +1,15 @@
 "The prediction bank: the properties of the average, what is stored, and a file that survives crashes, other runs and damage"
 import copy
 import errno
+import json
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +18,8 @@ from torch import nn
 import semiseg_nb.bank as bank_module
 from semiseg_nb.bank import (
     BankNotes,
+    FileRows,
     PredictionBank,
-    TwoPlaces,
     average_to_fields,
     bank_bytes,
     cell_means,
@@ -266,14 +269,14 @@ def test_one_update_at_once_or_at_the_end_of_the_epoch_is_the_same():
 
 
 def test_a_torn_write_leaves_the_old_row(tmp_path):
-    file = TwoPlaces(tmp_path / "bank", 3, 8)
+    file = FileRows(tmp_path / "bank", 3, 8)
     index, row = torch.tensor([1]), torch.full((1, 8), 7, dtype=torch.uint8)
     file.write(index, row), file.flush()
     file.write(index, torch.full((1, 8), 9, dtype=torch.uint8))
     assert file.read(index)[0, 0] == 9
     file.file.rows[1 + 3 * int(file.live[1]), 4:] = 3                          # the second half never arrived
     file.file.map.flush()
-    again = TwoPlaces(tmp_path / "bank", 3, 8)
+    again = FileRows(tmp_path / "bank", 3, 8)
     assert torch.equal(again.read(index), row) and not again.read(torch.tensor([0, 2])).any()
 
 
@@ -282,7 +285,7 @@ def test_a_process_killed_in_the_middle_of_a_write_leaves_whole_rows(tmp_path):
     if child == 0:
         try:
             torch.set_num_threads(1)
-            file, everyone = TwoPlaces(tmp_path / "bank", 64, 512), torch.arange(64)
+            file, everyone = FileRows(tmp_path / "bank", 64, 512), torch.arange(64)
             for value in range(1, 6): file.write(everyone, torch.full((64, 512), value, dtype=torch.uint8))
             file.flush()
             for value in range(6, 10):
@@ -293,7 +296,7 @@ def test_a_process_killed_in_the_middle_of_a_write_leaves_whole_rows(tmp_path):
                     os.kill(os.getpid(), signal.SIGKILL)
         finally: os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert (TwoPlaces(tmp_path / "bank", 64, 512).read(torch.arange(64)) == 5).all()       # the last flush, whole
+    assert (FileRows(tmp_path / "bank", 64, 512).read(torch.arange(64)) == 5).all()       # the last flush, whole
 
 
 def test_a_bank_file_that_has_moved_on_is_refused(tmp_path):
@@ -563,3 +566,14 @@ def test_storage_settings_are_checked_by_name():
     with pytest.raises(UserError, match="storage setting 'strid' is not known .did you mean 'stride'.*choose one of dtype, stride, topk, place, file"): storage_settings({"strid": 4})
     with pytest.raises(UserError, match="storage setting 'alpha' is not known"): storage_settings({"alpha": 0.5})
     with pytest.raises(UserError, match="storage is 'stride=4', but it should be a dictionary such as"): storage_settings("stride=4")
+
+
+# the lesson
+def test_the_solutions_of_the_exercises():
+    lesson = json.loads((Path(__file__).resolve().parents[1] / "nbs/15_bank.ipynb").read_text(encoding="utf-8"))
+    cells = {c["id"]: "".join(c["source"]) for c in lesson["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = {"bank_bytes": bank_bytes}
+    exec(code, names)
+    empty = [cells[f"exercise-{i}"].removeprefix("# ").strip() for i in (1, 2, 3)]
+    assert set(empty) == {"smallest_stride", "share_of_first", "stalls"} <= set(names) and code.count("assert") == 3

@@ -1,10 +1,13 @@
 "Temporal Ensembling and Mean Teacher: the step beside the supervised one, its weight, and a memory that survives a crash"
 import copy
+import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,15 +21,20 @@ from semiseg_nb.clock import Clock
 from semiseg_nb.core import EMA, UserError, seed_everything
 from semiseg_nb.engine import fit, make_accelerator, settings
 from semiseg_nb.losses import consistency, cross_entropy
+<<<<<<< HEAD
 from semiseg_nb.networks import UNet
 from semiseg_nb.policies import flip_crop
+=======
+from semiseg_nb.models import build_model
+from semiseg_nb.networks import UNet
+>>>>>>> lesson-L2
 from semiseg_nb.supervised import Supervised, view
 from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling, temporal_weight
 
 
 class StudentsMemory(TemporalEnsembling):
     "As in the lesson: what the student said is remembered"
-    def opinion(self, x_w, z_u, box): return z_u, ~box
+    def opinion(self, x_w, z_s, box): return z_s, ~box
 
 
 class AsPublished(StudentsMemory):
@@ -296,7 +304,7 @@ def at_replace(folder, k):
 
 def at_write(folder, k):
     "Dies in the middle of the k-th write of rows"
-    true, calls = bank.TwoPlaces.write, []
+    true, calls = bank.FileRows.write, []
     def write(self, index, rows):
         calls.append(index)
         if len(calls) < k: return true(self, index, rows)
@@ -305,7 +313,7 @@ def at_write(folder, k):
         place = 1 - int(self.file.notes.places[index[half]].clamp(max=1))
         self.file.rows[place * self.n + int(index[half]), :100] = 77
         dies()
-    bank.TwoPlaces.write = write
+    bank.FileRows.write = write
     train(folder, folder / "end.pt")
 
 (root / "whole").mkdir()
@@ -426,3 +434,14 @@ def test_two_processes_share_one_bank(tmp_path):
     assert torch.equal(first["bank"], second["bank"]) and first["bank"].sum() > 0
     for name in one:
         if one[name].is_floating_point(): torch.testing.assert_close(one[name], first[name], atol=1e-6, rtol=0)
+
+
+def test_the_solutions_of_the_exercises(task):
+    lesson = json.loads((Path(__file__).resolve().parents[1] / "nbs/12_temporal.ipynb").read_text(encoding="utf-8"))
+    cells = {c["id"]: "".join(c["source"]) for c in lesson["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    lab, unl = batch(task)
+    names = {"torch": torch, "TemporalEnsembling": TemporalEnsembling, "build_model": build_model, "Clock": Clock, "task": task, "lab": lab, "unl": unl}
+    exec(code, names)
+    empty = [cells[f"exercise-{i}"].removeprefix("# ").strip() for i in (1, 2, 3)]
+    assert set(empty) == {"share", "teacher_age", "NetworksMemory"} <= set(names) and code.count("assert") == 4
