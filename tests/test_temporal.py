@@ -21,13 +21,9 @@ from semiseg_nb.clock import Clock
 from semiseg_nb.core import EMA, UserError, seed_everything
 from semiseg_nb.engine import fit, make_accelerator, settings
 from semiseg_nb.losses import consistency, cross_entropy
-<<<<<<< HEAD
-from semiseg_nb.networks import UNet
-from semiseg_nb.policies import flip_crop
-=======
 from semiseg_nb.models import build_model
 from semiseg_nb.networks import UNet
->>>>>>> lesson-L2
+from semiseg_nb.policies import flip_crop
 from semiseg_nb.supervised import Supervised, view
 from semiseg_nb.temporal import MeanTeacher, TemporalEnsembling, temporal_weight
 
