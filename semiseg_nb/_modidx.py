@@ -657,6 +657,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'semiseg_nb/experiment.py')},
             'semiseg_nb.export': { 'semiseg_nb.export.Outcome': ('export.html#outcome', 'semiseg_nb/export.py'),
                                    'semiseg_nb.export.Outcome.__str__': ('export.html#outcome.__str__', 'semiseg_nb/export.py'),
+                                   'semiseg_nb.export.Outcome.show': ('export.html#outcome.show', 'semiseg_nb/export.py'),
                                    'semiseg_nb.export.card_for': ('export.html#card_for', 'semiseg_nb/export.py'),
                                    'semiseg_nb.export.card_of_result': ('export.html#card_of_result', 'semiseg_nb/export.py'),
                                    'semiseg_nb.export.check': ('export.html#check', 'semiseg_nb/export.py'),

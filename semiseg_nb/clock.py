@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cutmix import cutmix_boxes
 from .core import generator, ramp
+from .cutmix import cutmix_boxes
 
 # %% ../nbs/07_clock.ipynb #clock
 @dataclass(frozen=True)

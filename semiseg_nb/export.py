@@ -33,7 +33,7 @@ from .core import UserError, atomic_write, checked
 from .data import Files, Images, Task
 from .experiment import Result, predictor
 from .predict import Predictor, find_jobs, load_model, open_raster, predict_files
-from .viz import show_predictions
+from .viz import show, show_predictions
 
 # %% ../nbs/54_export.ipynb #parity
 SIZES = ((1, 37, 53), (3, 90, 121), (1, 201, 75), (2, 9, 17), (1, 130, 254))  # (B,H,W)
@@ -272,7 +272,7 @@ def exported_card(path: str | Path) -> dict:
 
 # %% ../nbs/54_export.ipynb #outcome
 class Outcome(NamedTuple):
-    "What a run leaves for use; `print` it"
+    "What a run leaves for use"
     record: Path
     masks: list  # of `Path`, one for each picture, at its own size
     model: Path  # .onnx or .pt2; or the weights with their card
@@ -283,6 +283,11 @@ class Outcome(NamedTuple):
         masks = self.record.with_suffix("") / "predictions/masks"
         return (f"record       {self.record}\nmasks        {masks}: {len(self.masks)} pictures, "
                 f"each at its own size\nmodel        {self.model}: {self.note}")
+
+    def show(self) -> None:
+        "Print what there is and where, and show the predicted pictures"
+        print(self)
+        show(self.figure, "Pictures with the predicted classes laid over them")
 
 
 def card_of_result(result: Result, task: Task) -> dict:
