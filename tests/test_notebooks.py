@@ -226,7 +226,10 @@ def test_stored_outputs_are_whole_and_clean(path):
     assert not [o for o in outputs if o["output_type"] == "error"]
     assert not any("injected-parameters" in c["metadata"].get("tags", []) for c in nb["cells"]), "outputs come from the lesson run"
     if number(path) >= 0 and path.stem != "08_records":  # whose subject is text
-        assert any("image/png" in o.get("data", {}) for o in outputs), "a reader on the web sees pictures"
+        assert any({"image/png", "image/jpeg"} & set(o.get("data", {})) for o in outputs), "a reader on the web sees pictures"
+    for o in outputs:
+        for form in {"image/png", "image/jpeg"} & set(o.get("data", {})):
+            assert o["metadata"].get(form, {}).get("alt"), "a picture without words for who cannot see it: use viz.show(fig, alt)"
     assert path.stat().st_size <= 700_000
 
 
