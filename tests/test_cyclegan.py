@@ -1,10 +1,14 @@
 "CycleGAN: translators, who is moved by which loss, views, pairs and their content, and the recipe"
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from semiseg_nb.adversarial import PatchDiscriminator
+from semiseg_nb.adversarial import FAKE, REAL, PatchDiscriminator, lsgan
 from semiseg_nb.catalogue import across, load_across, load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import IGNORE, UserError, generator, seed_everything
@@ -310,3 +314,13 @@ def test_a_short_run_learns_to_darken():
 def replace_images(images, tensor):
     "The same set with other pictures"
     return type(images)(images.ids, tensor)
+
+
+def test_the_solutions_of_the_exercises(task):
+    lesson = json.loads((Path(__file__).resolve().parents[1] / "nbs/42_cyclegan.ipynb").read_text(encoding="utf-8"))
+    cells = {c["id"]: "".join(c["source"]) for c in lesson["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = {"torch": torch, "F": F, "lsgan": lsgan, "REAL": REAL, "FAKE": FAKE, "CycleGAN": CycleGAN, "task": task}
+    exec(code, names)
+    asked = {name for i in (1, 2, 3) for name in cells[f"exercise-{i}"].removeprefix("# ").split(", ")}
+    assert asked == {"loss_D", "loss_G", "cycle_loss", "identity_loss", "Bare"} <= set(names) and code.count("assert") == 3

@@ -1,4 +1,8 @@
 "CycleGAN of images and masks: a decision with a gradient, who learns from what, and the baseline at weight 0"
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -153,3 +157,13 @@ def test_settings_are_attributes_and_what_cannot_work_is_refused(task):
     with pytest.raises(UserError, match="start is 1.5"): mask_cycle(task, start=1.5)
     with pytest.raises(UserError, match="setting of MaskCycle 'hard' is not known"): mask_cycle(task, hard="softmax")
     with pytest.raises(UserError, match="32x32 pixels cannot be halved 4"): mask_cycle(task, renderer={"downs": 4})
+
+
+def test_the_solutions_of_the_exercises():
+    lesson = json.loads((Path(__file__).resolve().parents[1] / "nbs/46_mask_cycle.ipynb").read_text(encoding="utf-8"))
+    cells = {c["id"]: "".join(c["source"]) for c in lesson["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = {"torch": torch, "one_hot": one_hot, "straight_through": straight_through, "MaskCycle": MaskCycle}
+    exec(code, names)
+    empty = [cells[f"exercise-{i}"].removeprefix("# ") for i in (1, 2, 3)]
+    assert set(empty) == {"straight_through_at", "Tempered", "renamed"} <= set(names) and code.count("assert") == 5

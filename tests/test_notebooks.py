@@ -48,7 +48,7 @@ NO_RECORD = NO_LABELS | {"15_failures"}  # mistakes made on purpose
 OWN_DATA = {"17_tags", "45_inversion"}          # image tags; a generator trained on the same images: any other folder is refused
 ON_A_FOLDER = [p for p in METHODS if p.stem not in OWN_DATA] + [ROOT / "nbs/95_your_method.ipynb"]
 OUTCOME = [p for p in ON_A_FOLDER if p.stem not in NO_LABELS | {"15_failures", "46_mask_cycle"}]  # 46: a variant of 42
-FOLDER = {"dataset": "folder", "target_split": "unlabelled_far", "target_val": "ood_far", "targets": ["ood_far"]}
+FOLDER = {"dataset": "folder", "look": {"target_split": "unlabelled_far", "target_val": "ood_far"}, "targets": ["ood_far"]}
 
 
 @pytest.fixture(scope="session")
