@@ -28,7 +28,6 @@ from semiseg_nb.adversarial import (
     lsgan,
     start_small,
 )
-from .policies import lawful
 from .catalogue import joined
 from .clock import Clock
 from semiseg_nb.core import (
@@ -49,6 +48,7 @@ from .data import Labelled, Task, one_pass
 from .engine import Method, Stage, recipe
 from .ganaugment import random_turn
 from .losses import cross_entropy
+from .policies import lawful
 from .supervised import Supervised, jointly
 
 # %% ../nbs/42_cyclegan.ipynb #translator
