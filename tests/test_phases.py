@@ -17,12 +17,8 @@ from semiseg_nb.cyclegan import CycleGAN
 from semiseg_nb.data import Images
 from semiseg_nb.engine import fit, make_accelerator, optimise, settings
 from semiseg_nb.losses import one_hot
-<<<<<<< HEAD
-from semiseg_nb.networks import UNet
-=======
 from semiseg_nb.models import build_model
 from semiseg_nb.networks import UNet
->>>>>>> lesson-L8
 from semiseg_nb.phases import (
     Pairs,
     Phase1,
