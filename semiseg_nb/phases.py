@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adversarial import PatchDiscriminator, answer, hinge, straight_through
-from .cutmix import paste
-from .policies import weak_policy
 from .clock import Clock
 from semiseg_nb.core import (
     IGNORE,
@@ -33,11 +31,13 @@ from semiseg_nb.core import (
     generator,
     one_of,
 )
+from .cutmix import paste
 from .cyclegan import CycleGAN, constant_then_linear
 from .data import Images, Labelled, Task
 from .engine import Method, Stage, recipe
 from .losses import cross_entropy, dice_loss, one_hot
 from .networks import unrecorded
+from .policies import weak_policy
 from .stylegan2 import EqualConv2d, EqualLinear, ModulatedConv, ToMap, fused_lrelu
 from .supervised import Supervised, jointly, view
 
