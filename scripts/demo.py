@@ -16,7 +16,7 @@ def main(notebook: str, folder: str) -> None:
     "Execute `notebook` with its own defaults; the executed copy and all its files go to `folder`"
     out = Path(folder) / Path(notebook).name
     out.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Running {notebook}; its training takes some minutes, and every evaluation prints a line.", flush=True)
+    print(f"Running {notebook}; its training takes some minutes.", flush=True)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as pipes:  # in place of open ports
         config = Config({"KernelManager": {"transport": "ipc", "ip": f"{pipes}/kernel"}})

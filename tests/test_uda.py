@@ -1,23 +1,38 @@
 "UDA: the properties of the objective, and its step beside the supervised one"
 import copy
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+<<<<<<< HEAD
 from semiseg_nb.augment import identity_policy
+=======
+from semiseg_nb.augment import identity_policy
+from semiseg_nb.cutmix import partner, paste
+from semiseg_nb.policies import flip_crop, randaugment
+>>>>>>> lesson-L1
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
 from semiseg_nb.cutmix import partner
 from semiseg_nb.engine import fit, settings
 from semiseg_nb.losses import confident, consistency, cross_entropy
+<<<<<<< HEAD
 from semiseg_nb.networks import UNet
 from semiseg_nb.policies import flip_crop, randaugment
 from semiseg_nb.supervised import Supervised
+=======
+from semiseg_nb.networks import UNet
+from semiseg_nb.supervised import Supervised, jointly, view
+>>>>>>> lesson-L1
 from semiseg_nb.uda import UDA, SelfUDA, annealed_labels, follow, sharpen, tsa_threshold
 
+ROOT = Path(__file__).resolve().parents[1]
 BOTH = [UDA, SelfUDA]
 
 
@@ -254,6 +269,26 @@ def test_a_few_steps_lower_the_supervised_loss(task, make):
     assert run.history[-1]["supervised"] < 0.8 * run.history[0]["supervised"] and math.isfinite(run.history[-1]["consistency"])
 
 
+# the lesson
+def lesson(): return {c["id"]: "".join(c["source"]) for c in json.loads((ROOT / "nbs/11_uda.ipynb").read_text(encoding="utf-8"))["cells"]}
+
+
+def test_the_page_is_the_papers_form_of_the_library(task):
+    "The plain page and `SelfUDA` make the same losses and the same gradients"
+    names = {"Supervised": Supervised, "view": view, "paste": paste, "jointly": jointly, "cross_entropy": cross_entropy}
+    exec(lesson()["plain"], names)
+    found = []
+    for make in (names["PlainUDA"], lambda net, task: SelfUDA(net, task, threshold=0.8)):
+        model = net(task, "conv")
+        with torch.no_grad(): model.weight.mul_(8)  # confident here and there
+        losses = losses_of(make(model, task), task, step=5)
+        found.append((losses, torch.autograd.grad(sum(losses.values()), model.weight)[0]))
+    (one, slope), (two, other) = found
+    assert two["consistency"] > 1e-3
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(slope, other, rtol=1e-3, atol=1e-5)
+
+
 def test_an_ablation_overrides_a_hook(task):
     class Doubled(UDA):
         def weight_at(self, clock): return 2 * super().weight_at(clock)
@@ -264,3 +299,17 @@ def test_an_ablation_overrides_a_hook(task):
     plain, double, nothing = (losses_of(make(net(task), task, threshold=0.2), task)["consistency"] for make in (UDA, Doubled, Nowhere))
     assert double == 2 * plain > 0 == nothing
     assert set(step_of(Logged(net(task), task), task)[1]) == {"kept", "more"}
+
+
+def test_the_solutions_of_the_exercises(task):
+    cells = lesson()
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = {"torch": torch, "sharpen": sharpen, "UDA": UDA}
+    exec(code, names)
+    empty = [cells[f"exercise-{i}"].removeprefix("# ").strip() for i in (1, 2, 3)]
+    assert all(name in names for name in empty)
+    z = logits().float()
+    method = names["SharpStudent"](net(task), task)
+    everywhere = torch.ones(2, 6, 7, dtype=torch.bool)
+    assert method.disagreement(z, sharpen(z, method.temperature), everywhere, everywhere).abs() < 1e-5, "nothing is left to learn"
+    assert UDA(net(task), task).disagreement(z, sharpen(z, 0.5), everywhere, everywhere) > 1e-2
