@@ -9,27 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-<<<<<<< HEAD
 from semiseg_nb.augment import identity_policy
-=======
-from semiseg_nb.augment import identity_policy
-from semiseg_nb.cutmix import partner, paste
-from semiseg_nb.policies import flip_crop, randaugment
->>>>>>> lesson-L1
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
 from semiseg_nb.core import UserError, generator, seed_everything
-from semiseg_nb.cutmix import partner
+from semiseg_nb.cutmix import partner, paste
 from semiseg_nb.engine import fit, settings
 from semiseg_nb.losses import confident, consistency, cross_entropy
-<<<<<<< HEAD
 from semiseg_nb.networks import UNet
 from semiseg_nb.policies import flip_crop, randaugment
-from semiseg_nb.supervised import Supervised
-=======
-from semiseg_nb.networks import UNet
 from semiseg_nb.supervised import Supervised, jointly, view
->>>>>>> lesson-L1
 from semiseg_nb.uda import UDA, SelfUDA, annealed_labels, follow, sharpen, tsa_threshold
 
 ROOT = Path(__file__).resolve().parents[1]
