@@ -30,11 +30,11 @@ from semiseg_nb.adversarial import (
     large_enough,
     verdicts,
 )
+from .cutmix import paste
 from .cct import CCT
 from .checkpoint import MARK, read_bytes, read_state
 from .clock import Clock
 from .core import IGNORE, Count, Fraction, NonNegative, Positive, UserError, checked
-from .cutmix import paste
 from .data import Task
 from .engine import Stage, recipe
 from .losses import cross_entropy, one_hot
@@ -89,9 +89,9 @@ def start_label(
 ) -> str:  # e.g. "CCTWeak, 1500 steps, 4f1c9a"; nothing of a machine, equal for all seeds
     "What a record says about the start"
     state = start if isinstance(start, dict) else read_start(start)
-    told = {str(k): v for k, v in state["identity"].items() if k not in OF_ONE_RUN}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:6]
-    return f"{told.get('method', 'a run')}, {state['step']} steps, {digest}"
+    kept = {str(k): v for k, v in state["identity"].items() if k not in OF_ONE_RUN}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:6]
+    return f"{kept.get('method', 'a run')}, {state['step']} steps, {digest}"
 
 
 def load_start(
@@ -229,7 +229,7 @@ class SemiContinuation(Continuation):
         *,
         adversarial_u: NonNegative = 0.001,  # weight of fooling D on unlabelled images
         self_training: NonNegative = 1.0,  # weight of the own labels; AdvSemiSeg: 0.1
-        threshold: Fraction = 0.8,  # least belief of the teacher where an own label counts
+        threshold: Fraction = 0.8,  # least confidence of the teacher where an own label counts
         mix: Fraction = 1.0,  # part of the student's images that get a CutMix box; the papers: none
         **labelled,  # of `Continuation`
     ):
@@ -259,12 +259,12 @@ class SemiContinuation(Continuation):
                 d, d_u = answer(self.D, p).split([len(x), len(x_w)])
                 losses["adversarial"] = self.adversarial * bce_map(d, REAL, y != IGNORE)
                 losses["adversarial unlabelled"] = self.adversarial_u * bce_map(d_u, REAL, valid)
-            # the teacher's labels, where they are believed, for the student's view
+            # the teacher's labels, where they count, for the student's view
             z_t = self.candidates(self.teacher(x_w, z_w), unl)
-            believed = self.trusted(z_t, valid)
-            labels = self.boxed(torch.where(believed, z_t.argmax(1), IGNORE), clock)
+            mask_u = self.trusted(z_t, valid)
+            labels = self.boxed(torch.where(mask_u, z_t.argmax(1), IGNORE), clock)
             losses["self training"] = self.self_training * cross_entropy([z_w, *z_s][-1], labels)
-            yield "net", losses, {"kept": believed.sum() / valid.sum().clamp(min=1)}
+            yield "net", losses, {"kept": mask_u.sum() / valid.sum().clamp(min=1)}
         if critic:
             masks = self.masks(x, clock)
             losses, statistics = judge_losses(self.D, p.detach(), known, masks, self.smooth)
@@ -289,7 +289,7 @@ class SemiContinuation(Continuation):
         return z_t
 
     def trusted(self, z_t: Tensor, valid: Tensor) -> Tensor:
-        "Where a label counts, (B,H,W) bool: where the belief in it is high"
+        "Where a label counts, (B,H,W) bool: where its confidence is high"
         return (z_t.float().softmax(1).amax(1) >= self.threshold) & valid
 
 
@@ -343,7 +343,7 @@ def temporal_continued(
     cct: dict | None = None,  # its settings
     later: dict | None = None,  # settings of `TemporalEnsembling`
 ):
-    "CCT, and on from there with a memory of what was said of every image"
+    "CCT, and on from there with a memory of past answers to every image"
     notes = yield from begin(net, task, start, start_steps, tag_steps, cct or {})
     method = TemporalEnsembling(net, task, **({"lr": 2e-4} | (later or {})))
     method.extra = notes

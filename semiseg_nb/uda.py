@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .augment import Policy
-from .cutmix import paste
 from .clock import Clock
 from .core import IGNORE, Fraction, NonNegative, Positive, checked, one_of, ramp
+from .cutmix import paste
 from .data import Task
 from .losses import consistency
 from .supervised import Supervised, jointly, view

@@ -1,12 +1,15 @@
 "Seg-GAN continued: what the start keeps, what the warm-up leaves alone, what tags forbid, and the controls"
 import copy
+import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from semiseg_nb import experiment
-from semiseg_nb.adversarial import answer, hide, upper_part
+from semiseg_nb.adversarial import answer, gate, hide, upper_part
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.cct import CCT
 from semiseg_nb.clock import Clock
@@ -31,9 +34,10 @@ from semiseg_nb.models import build_model
 from semiseg_nb.networks import batch_norms
 from semiseg_nb.records import make_record, settings_of
 from semiseg_nb.supervised import Supervised
-from semiseg_nb.tags import cct_weak
+from semiseg_nb.tags import cct_weak, possible
 from semiseg_nb.temporal import TemporalEnsembling
 
+LESSON = Path(__file__).resolve().parents[1] / "nbs/21_continuation.ipynb"
 FAMILY = [Continuation, SemiContinuation, WeakContinuation]
 
 
@@ -410,3 +414,11 @@ def test_temporal_ensembling_goes_on_from_a_start_and_its_record_names_it(task, 
     assert made.record["start"]["name"] == made.record["params"]["start"] == start_label(start[0]) and str(start[0]) not in str(made.record)
     row, = result_rows([made.record])
     assert row["row"] == "temporal, continued" and row["start"] == made.record["start"]["miou"]
+
+
+def test_the_solutions_of_the_exercises():
+    cells = {c["id"]: "".join(c["source"]) for c in json.loads(LESSON.read_text(encoding="utf-8"))["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = {"torch": torch, "gated": lambda z, tags: gate(z, possible(tags)).argmax(1)}
+    exec(code, names)
+    assert set(cells["exercise"].removeprefix("# ").strip().split(", ")) == {"steps_of", "struck", "forgetful"} <= set(names)
