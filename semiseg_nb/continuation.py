@@ -30,11 +30,11 @@ from semiseg_nb.adversarial import (
     large_enough,
     verdicts,
 )
-from .cutmix import paste
 from .cct import CCT
 from .checkpoint import MARK, read_bytes, read_state
 from .clock import Clock
 from .core import IGNORE, Count, Fraction, NonNegative, Positive, UserError, checked
+from .cutmix import paste
 from .data import Task
 from .engine import Stage, recipe
 from .losses import cross_entropy, one_hot

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cutmix import paste
 from .clock import Clock
 from .core import Fraction, NonNegative, Range, UserError, checked
+from .cutmix import paste
 from .data import Task
 from .losses import confident, consistency, one_hot
 from .networks import conv_bn_relu
