@@ -1,6 +1,8 @@
 "Inversion: an encoder that stays in train mode, codes that are found, distances, and labels read off"
 import copy
+import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,7 @@ def test_the_encoder_goes_on_in_train_mode_after_a_validation(task):
     m = second(task).train()
     before = state(m)
     evaluate(m, task.val)
-    m.inversion(batch(task)[0]["image"]), m.belief(batch(task)[0]["image"])
+    m.inversion(batch(task)[0]["image"]), m.ensemble(batch(task)[0]["image"])
     assert m.E.training and unchanged(m, before)
     fit(m, task, 4, 4, seed=0, eval_every=1, eval_on=task.val, progress=False)
     counted = {int(v) for k, v in m.E.state_dict().items() if k.endswith("num_batches_tracked")}
@@ -129,13 +131,13 @@ def test_predict_works_inside_no_grad_and_zero_steps_is_the_encoder(task):
     assert 0 <= evaluate(m, task.val)["miou"] <= 1
 
 
-def test_restarts_average_beliefs_and_tell_where_they_disagree(task):
+def test_restarts_average_answers_and_tell_where_they_disagree(task):
     m = second(task, restarts=3, spread=2.0).eval()
-    logits, doubt = m.belief(batch(task)[0]["image"])
+    logits, disagreement = m.ensemble(batch(task)[0]["image"])
     assert torch.allclose(logits.exp().sum(1), torch.ones(4, 16, 16), atol=1e-4)
-    assert set((3 * doubt).round().unique().tolist()) <= {0.0, 1.0, 2.0}
+    assert set((3 * disagreement).round().unique().tolist()) <= {0.0, 1.0, 2.0}
     m.restarts = 1
-    assert (m.belief(batch(task)[0]["image"])[1] == 0).all()
+    assert (m.ensemble(batch(task)[0]["image"])[1] == 0).all()
 
 
 def test_noise_maps_are_optimised_only_when_asked_and_stay_white(world):
@@ -285,3 +287,14 @@ def test_the_recipe_trains_a_generator_then_an_encoder_into_it(task):
     with pytest.raises(StopIteration) as end: stages.send(stage.method)
     assert end.value.value is stage.method and recipe.name == "semanticgan"
     with pytest.raises(UserError, match="encoder_steps is 0"): recipe(task, 12, encoder_steps=0)
+
+
+# the lesson
+def test_the_solutions_of_the_exercises():
+    lesson = json.loads((ROOT / "nbs/45_inversion.ipynb").read_text(encoding="utf-8"))
+    cells = {c["id"]: "".join(c["source"]) for c in lesson["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = {"torch": torch, "SemanticEncoder": SemanticEncoder, "Lpips": Lpips}
+    exec(code, names)
+    empty = [cells[f"exercise-{i}"].removeprefix("# ").strip() for i in (1, 2)]
+    assert set(empty) == {"near_the_mean", "WithLpips"} <= set(names) and code.count("assert") == 2
