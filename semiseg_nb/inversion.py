@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .policies import lawful
 from .checkpoint import load_weights, save_weights
 from .core import IGNORE, Count, NonNegative, Positive, UserError, Whole, checked, frozen
 from .core import generator as rng_of
@@ -27,6 +26,7 @@ from .engine import Method, Stage, recipe
 from .engine import settings as settings_in_force
 from .ganaugment import random_flip
 from .networks import Residual
+from .policies import lawful
 from semiseg_nb.semanticgan import (
     SemanticGAN,
     SemanticGenerator,

@@ -107,12 +107,7 @@ def test_runs_with_the_smoke_parameters(path, tmp_path, folders):
 @pytest.mark.slow
 @each([p for p in METHODS if "skip_training" in declared(p)])
 def test_runs_with_its_stored_weights(path, tmp_path):
-<<<<<<< HEAD
-    quick = {k: v for k, v in {"steps": 6, "oracle_steps": 6, "n_scored": 8}.items() if k in declared(path)}  # of what is trained beside them
-=======
-    quick = {k: v for k, v in {"oracle_steps": 6}.items() if k in declared(path)}
-    if path.stem == "41_semanticgan": quick["steps"] = 6  # of what is trained beside the stored weights
->>>>>>> lesson-L6
+    quick = {k: v for k, v in {"steps": 6, "oracle_steps": 6}.items() if k in declared(path)}  # of what is trained beside them
     nb = execute(path, skip_training=True, device="cpu", out_dir=str(tmp_path / "out"), **quick)
     assert any({"image/png", "image/jpeg"} & set(o.get("data", {})) for c in nb["cells"] for o in c.get("outputs", []))
 
