@@ -35,13 +35,14 @@ def figure_words(fig: Figure) -> str:
 
 
 def show(
-    fig: Figure | None = None,  # None: the current one
+    fig: Figure | None = None,  # None: the current one, where there is one
     alt: str = "",  # what it shows, for readers who cannot see it; "": its own words
     photo: bool = False,  # as JPEG: a grainy picture is then a fifth as large in a notebook
 ) -> None:
     "Display a figure with a text in its place, and close it"
     from IPython.display import Image, display
 
+    if fig is None and not plt.get_fignums(): return
     fig = fig or plt.gcf()
     kind, picture = "png", fig
     if photo:

@@ -31,7 +31,8 @@ from semiseg_nb.guidedmix import (
     mixup,
     squared_gap,
 )
-from semiseg_nb.models import UNet, build_model, conv_bn_relu, running_statistics  # noqa: F401 (the lesson's cells use one)
+from semiseg_nb.models import build_model
+from semiseg_nb.networks import UNet, conv_bn_relu, running_statistics  # noqa: F401 (the lesson's cells use one)
 from semiseg_nb.supervised import Supervised
 
 LESSON = Path(__file__).resolve().parents[1] / "nbs/30_guidedmix.ipynb"

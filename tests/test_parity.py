@@ -16,7 +16,7 @@ VECTORS = Path(__file__).parent / "parity"
 TOLERANCE = 1e-5
 HOME = {  # piece of this package -> its module
     "Upsampler": "networks", "EMA": "core", "ramp": "core", "poly": "core",
-    "consistency": "losses", "cross_entropy": "losses", "paste": "augment",
+    "consistency": "losses", "cross_entropy": "losses", "paste": "cutmix",
     "Clock": "clock", "load_task": "catalogue", "UniMatch": "unimatch", "CPS": "pseudo_labels", "PlainCPS": "pseudo_labels",
     "tsa_threshold": "uda", "class_mask": "pseudo_labels", "pseudo_label": "pseudo_labels", "kept": "pseudo_labels", "hard_loss": "pseudo_labels",
     "f_noise": "cct", "f_drop": "cct", "dropout": "cct", "con_msk": "cct", "obj_msk": "cct", "i_vat": "cct",
