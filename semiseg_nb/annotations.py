@@ -497,7 +497,8 @@ def export_coco(
     masks = _masks_of(masks)
     shades = [as_colour(c) for c in colours or ()]
     if colours is not None and (len(shades) != len(names) or None in shades):
-        raise UserError(f"colours is {reprlib.repr(colours)}, but it should be one (red, green, blue) "
+        raise UserError(f"colours is {reprlib.repr(colours)}, but it should be one (red, green, "
+                        "blue) "
                         f"with values 0 to 255 for each of the {len(names)} classes.")
     if colours is None: shades = [as_colour(beside.get(n)) for n in names]
     if not any(shades): shades = _colours_inside(masks) + [None] * len(names)

@@ -287,7 +287,7 @@ def train_each(
 
 
 def pair_environment(rank: int, port: int) -> dict[str, str]:
-    "Variables of a process of two that meet at a store of their parent, whose port is bound already"
+    "Variables of one of two processes; they meet at a store of their parent, whose port is bound"
     return dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
                 ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")

@@ -117,7 +117,7 @@ def as_number(
 def as_annotated(
     name: str,  # how the value is called in the sentence
     value: object,
-    kind: object,  # an annotation: int, float, a key of `KIND_WORDS`, Literal, with a `Range`, or | None
+    kind: object,  # an annotation: int, a key of `KIND_WORDS`, Literal, with a `Range`, or | None
 ) -> object:  # as a plain Python object; kinds not named above pass as they are
     "Compare a value with an annotation; raises `UserError` that says what would be right"
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
@@ -416,7 +416,7 @@ def same_kind(value: object, default: object) -> bool:
 
 
 def as_literal(value: object, default: object) -> object:
-    "A list or dictionary that papermill handed over as text, `-p size \"[96, 128]\"`; else the value"
+    "A list or dictionary that papermill gave as text, `-p size \"[96, 128]\"`; else the value"
     if not isinstance(value, str) or isinstance(default, str) or value[:1] not in ("[", "{"):
         return value
     try: return ast.literal_eval(value)

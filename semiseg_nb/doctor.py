@@ -265,8 +265,8 @@ def _diagnose_names(report: Report) -> None:
     "Add a note where a mirror image would change the class"
     names = [c for c in report.classes if SIDES.search(re.sub(r"[_\W\d]+", " ", c))]
     if names:
-        report.notes.append(f"The class {_shown(names)} tells left from right, and a mirrored image "
-                            "would show the other one: give load_task flip=\"none\".")
+        report.notes.append(f"The class {_shown(names)} tells left from right, and a mirrored "
+                            "image would show the other one: give load_task flip=\"none\".")
 
 # %% ../nbs/50_doctor.ipynb #doctor-2
 def _diagnose_twins(folder: Folder, report: Report) -> None:
@@ -369,9 +369,11 @@ def contact_sheet(
         items += [i for i in report.folder.items if i.id in report.looks and i not in items]
     items = items[:n]
     with ThreadPoolExecutor() as pool:
-        pictures = list(pool.map(partial(_thumbnail, report=report, palette=palette, side=side), items))
+        pictures = list(pool.map(partial(_thumbnail, report=report, palette=palette, side=side),
+                                 items))
     titles = ["\n".join([i.image.stem[-18:], ", ".join(reasons.get(i, []))[:24]]).strip()
               for i in items]
     suspects = sum(i in reasons for i in items)
-    title = f"{suspects} that stand out, then a sample" if suspects else "Nothing stands out: a sample"
+    title = "Nothing stands out: a sample"
+    if suspects: title = f"{suspects} that stand out, then a sample"
     return show_grid(pictures, titles, columns, cell=1.5, title=title)

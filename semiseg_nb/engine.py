@@ -71,7 +71,7 @@ class Method(nn.Module):
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
 
     def updates(self, lab: dict, unl: dict | None, clock: Clock) -> Iterator[tuple]:
-        "Yield (optimiser, {loss: scalar}) or (optimiser, {loss: scalar}, {statistic: scalar}) in order"
+        "Yield (optimiser, {loss: scalar}), or with {statistic: scalar} as a third thing, in order"
         raise TypeError(f"{type(self).__name__} needs a method `updates(lab, unl, clock)`.")
 
     def predict(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Method(nn.Module):
         return poly(clock.fraction)
 
     def check(self, task: Task, labelled: int, unlabelled: int) -> None:
-        "Raise `UserError` for what cannot work; called before step 1 with images per process and step"
+        "Raise `UserError` for what cannot work, before step 1, given images per process and step"
 
     def rows(self) -> dict[str, tuple[str, nn.Module]]:
         "What a finished run is scored as: name in the record -> title, and who predicts"
@@ -98,7 +98,7 @@ class Method(nn.Module):
 
 
 def settings(method: Method) -> dict:  # name -> value
-    "With which values a method was made: a keyword of its constructor is an attribute of the same name"
+    "The values that a method was made with: each keyword is an attribute of the same name"
     return {k: getattr(method, k) for k in defaults_of(type(method)) if hasattr(method, k)}
 
 # %% ../nbs/07_engine.ipynb #optimise
@@ -138,7 +138,7 @@ def evaluate(
     batch_size: int | None = None,  # None: as many as `images_at_once` says
     accelerator: Accelerator | None = None,  # None: that of the method's `fit`
 ) -> dict:  # "miou", "iou_per_class", "pixel_accuracy", "ece" as fractions
-    "Score on every image of a data set, in eval mode; a process without an image joins all the same"
+    "Score on every image of a set, in eval mode; a process without an image joins all the same"
     if not len(dataset): raise UserError("There is nothing to evaluate on: the data set is empty.")
     accelerator = accelerator or getattr(method, "accelerator", None) or make_accelerator()
     predict = method.predict if isinstance(method, Method) else method
@@ -248,7 +248,7 @@ class Log:
         done: int,  # steps
         saved: str,  # which checkpoint is good, for the sentence
     ) -> None:
-        "Add a row to the history; raises `NonFiniteLoss` for a loss, a weight or an optimiser's state"
+        "Add a row to the history; `NonFiniteLoss` for a loss, a weight or an optimiser's state"
         means = self.means(saved)
         check_finite(method, done, saved)
         self.run.seconds += time.perf_counter() - self.tick
@@ -276,7 +276,7 @@ class Log:
 
 
 def check_finite(method: Method, step: int, saved: str) -> None:
-    "Raise `NonFiniteLoss` for a weight, or an optimiser's state of it, that is not finite: one fetch"
+    "Raise `NonFiniteLoss` for a weight, or its optimiser state, that is not finite: one fetch"
     tensors = dict(method.named_parameters())
     names = {p: name for name, p in tensors.items()}
     for optimiser in method.optimisers.values():
@@ -364,7 +364,7 @@ class Scorer:
         return self.dataset is not None and is_turn(done, self.every, steps)
 
     def score(self, method: Method, run: Run) -> None:
-        "Add scores to the last row of the history, and print a line; random states stay as they were"
+        "Add scores to the last row of the history, print a line; random states stay as they were"
         before = rng_state()
         row = run.history[-1]
         row.update(evaluate(method, self.dataset, accelerator=self.accelerator))
@@ -457,7 +457,7 @@ def finish(method: Method, run: Run, done: int, saver: Saver, scorer: Scorer) ->
 
 
 def progress_bar(method: Method, steps: int, shown: bool) -> tqdm:
-    "A bar for the steps of a run; `bar.line(text)` prints above it, or nowhere where it is not shown"
+    "A bar for the steps of a run; `bar.line(text)` prints above it where it is shown"
     bar = tqdm(total=steps, disable=not shown, desc=type(method).__name__, mininterval=1)
     bar.line = bar.write if shown else lambda text: None
     return bar
@@ -470,7 +470,7 @@ def prepare(
     unlabelled_batch: int,
     accelerator: Accelerator,
 ) -> None:
-    "Refuse what cannot work; move a method to its device; give all processes the weights of the first"
+    "Refuse what cannot work; move the method to its device; share the first process's weights"
     world = accelerator.num_processes
     check_accelerator(accelerator)
     check_optimisers(method)
@@ -537,7 +537,7 @@ def pairs(
     workers: int,  # loader processes
     accelerator: Accelerator,
 ) -> Iterator[tuple[dict, dict | None]]:
-    "Endless pairs of a labelled batch and an unlabelled one, or None for a method without use for it"
+    "Endless pairs of a labelled and an unlabelled batch, None where the method has no use for it"
     def batches(dataset: Images, size: int, seed: int) -> Iterator[dict]:
         place = accelerator.process_index, accelerator.num_processes
         return loader(dataset, size, seed, start, *place, workers, accelerator.device)
@@ -562,7 +562,7 @@ def recipe(
     title: str,  # as people write it
     paper: str = "",
 ) -> Callable:
-    "Decorate a generator of `Stage`s: f(net, task, steps, *, ...), or f(task, ...) with its own networks"
+    "Decorate a generator of `Stage`s: f(net, task, steps, *, ...), or f(task, ...)"
     def decorate(function: Callable) -> Callable:
         function.name = name
         function.title = title

@@ -84,7 +84,7 @@ def on_cpu(model: Predictor | nn.Module) -> nn.Module:
     return copy.deepcopy(net).eval().to("cpu", memory_format=torch.contiguous_format)
 
 # %% ../nbs/54_export.ipynb #script
-SCRIPT = '''"""The mask of a picture: python {script} PICTURE MASK.png (needs onnxruntime, Pillow, numpy{more})."""
+SCRIPT = '''"""A mask: python {script} PICTURE MASK.png (needs onnxruntime, Pillow, numpy{more})."""
 import json
 import sys
 from pathlib import Path
@@ -226,7 +226,7 @@ def export_onnx(
     if path.suffix != ".onnx": folder, names = path, ("model.onnx", "card.json", "predict.py")
     file, card, script = (folder / name for name in names)
     known = script.is_file() and script.read_text(encoding="utf-8", errors="replace")
-    if known and "(needs onnxruntime, Pillow, numpy" not in known:
+    if known and "onnxruntime, Pillow, numpy" not in known:
         raise UserError(f"'{script}' is a script of somebody else: choose another name.")
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -254,7 +254,8 @@ def export_pt2(
         cards = {"card.json": json.dumps(card_for(model))}
         try: torch.export.save(traced(model), memory, extra_files=cards)
         except RuntimeError as e:  # of its serialiser
-            raise UserError(f"'{path}' was not written: this PyTorch cannot store every operation of "
+            raise UserError(f"'{path}' was not written: this PyTorch cannot store every operation "
+                            "of "
                             f"the network as .pt2 ({str(e).splitlines()[0]}); export it as .onnx, "
                             "or take another encoder.") from e
     return into_place(model, memory.getvalue(), path)

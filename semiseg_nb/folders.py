@@ -122,7 +122,7 @@ def class_palette(n: int) -> tuple:
 def decoded(
     raw: bytes,
 ) -> str:  # raises `UnicodeDecodeError` for what is no text
-    "Text as editors write it: UTF-8 or UTF-16, with or without a mark at its front, or Windows-1252"
+    "Text as editors write it: UTF-8 or UTF-16, with or without a mark in front, or Windows-1252"
     kinds = ["utf-8-sig", "cp1252"]
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")): kinds = ["utf-16"]
     elif b"\0" in raw: kinds = ["utf-16-be" if raw[:1] == b"\0" else "utf-16-le"]
@@ -332,7 +332,8 @@ def _groups_by_list(items: list, path: Path) -> dict:
         if len(named) != 1:
             found = f"there are {len(named)} such images" if named else "there is no such image"
             remedy = f"write '{named[0].id}'" if named else "correct the list"
-            raise UserError(f"'{path}' names '{reprlib.repr(row[0])[1:-1]}', but {found}: {remedy}.")
+            name = reprlib.repr(row[0])[1:-1]
+            raise UserError(f"'{path}' names '{name}', but {found}: {remedy}.")
         item = named[0]
         if groups.setdefault(item.id, row[1]) != row[1]:
             raise UserError(f"'{path}' puts '{row[0]}' into two groups: an image has one.")
@@ -384,8 +385,9 @@ class Folder:
                                       self.notes) for s, f in self.places.items()}
         for place in (images, masks) if folders else ():
             loose = [p for p in _listed(place) if not p.is_dir()]
+            hidden = _kept_back(place)
             self.notes += _notes(place, {"lie beside the folders of the splits": loose,
-                                         "are hidden, or belong to a file server": _kept_back(place)})
+                                         "are hidden, or belong to a file server": hidden})
         for split, lone in of_masks.items():
             if split not in self.places:
                 self.notes += _notes(lone, {f"have no folder 'images/{lone.name}'": _listed(lone)})

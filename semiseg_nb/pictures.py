@@ -47,7 +47,7 @@ def unreadable(
 
 
 def _decoded(path: str | Path) -> Image.Image:
-    "A picture turned upright; its `info` says of which format it is, and whether PIL lost something"
+    "A picture turned upright; its `info` says which format it has, and whether PIL lost something"
     picture = Image.open(path)
     kind, bands = picture.format, len(picture.getbands())
     if kind in ("TIFF", "GIF", "PNG", "WEBP", "AVIF"): _check_alone(path, picture)

@@ -450,7 +450,8 @@ class Writer:
         labels, confidence = Spool(size, out), Spool(size, out)
         for band in bands:
             labels.add(band.labels)
-            if "confidence" in self.wanted: confidence.add(band.confidence.mul_(255).round_().byte())
+            if "confidence" in self.wanted:
+                confidence.add(band.confidence.mul_(255).round_().byte())
         files, place = {}, picture.place
         if not rasterio_or_none() and GEO_KEYS in header_of(job.path)[1]:
             self.report.notes.append("Some TIFFs lie on Earth: after pip install 'semiseg_nb[geo]' "

@@ -152,8 +152,8 @@ class Supervised(Method):
         with torch.no_grad(): out = self.net.eval()(blank)
         for module, training in modes: module.training = training
         if not isinstance(out, Tensor):
-            raise UserError(f"The network returns a {type(out).__name__}, but it should return logits (B,C,H,W): "
-                            "wrap it in a module that returns that tensor alone.")
+            raise UserError(f"The network returns a {type(out).__name__}, but it should return logits "
+                            "(B,C,H,W): wrap it in a module that returns that tensor alone.")
         shape = tuple(out.shape)
         if shape != (1, task.n_classes, *size):
             raise UserError(f"The network maps an image of {size[0]}x{size[1]} to {shape[1:]}, "

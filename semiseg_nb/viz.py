@@ -311,7 +311,8 @@ def controls(
         if hasattr(knob, "continuous_update"): knob.continuous_update = False
         knob.observe(redraw, "value")
     redraw()
-    display.display(VBox([HBox(list(knobs.values()), layout=Layout(flex_flow="row wrap")), picture]))
+    display.display(VBox([HBox(list(knobs.values()), layout=Layout(flex_flow="row wrap")),
+                          picture]))
     if not states: return
     figures = [draw(**values() | state) for state in states]
     words = [", ".join(f"{k} = {v}" for k, v in state.items()) + ": " + figure_words(fig)

@@ -10,6 +10,7 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from semiseg_nb import catalogue
+from semiseg_nb import official as trees
 from semiseg_nb.catalogue import joined, load_across, load_split, load_task, portraits, scene_order
 from semiseg_nb.core import IGNORE, UserError
 from semiseg_nb.data import Images, Labelled, image_mean, image_tags, loader, one_pass
@@ -255,11 +256,11 @@ def test_voc_count_of_the_augmented_list(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "VOCSegmentation", Listed)
     def sbd(n): return {f"s{i}": Item(f"s{i}", Path("x.jpg"), Path("x.png")) for i in range(n)} | {
         f"val{i}": Item(f"val{i}", Path("x.jpg"), Path("x.png")) for i in range(1449)}
-    monkeypatch.setattr(catalogue, "_sbd", lambda root: sbd(9118))
-    source = catalogue._voc(tmp_path, 0, True)
+    monkeypatch.setattr(trees, "_sbd", lambda root: sbd(9118))
+    source = trees._voc(tmp_path, 0, True)
     assert len(source.order) == 10582 and all(i.id.startswith("train") for i in source.order[:1464])
-    monkeypatch.setattr(catalogue, "_sbd", lambda root: sbd(9000))
-    with pytest.raises(UserError, match="gives 10464 training images, but VOC with SBD has 10582"): catalogue._voc(tmp_path, 0, True)
+    monkeypatch.setattr(trees, "_sbd", lambda root: sbd(9000))
+    with pytest.raises(UserError, match="gives 10464 training images, but VOC with SBD has 10582"): trees._voc(tmp_path, 0, True)
 
 
 def test_context_has_background_and_59_classes(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_semanticgan import SMALL, TINY, batch, gan, rand, randn, second, state, task, train, trained, unchanged
+from test_semanticgan import SMALL, TINY, batch, gan, rand, randn, second, state, task, train, unchanged
 from torch import nn
 from torchmetrics.image import lpip
 
@@ -40,7 +40,7 @@ from semiseg_nb.semanticgan import SemanticGenerator, encode_labels
 from semiseg_nb.stylegan2 import Discriminator
 
 ROOT = Path(__file__).resolve().parents[1]
-__all__ = ["task", "trained"]  # fixtures
+__all__ = ["task"]  # a fixture
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
@@ -222,13 +222,6 @@ def test_the_intensity_map_starts_as_nothing_and_can_invert(world):
     G, look, w, image = world
     plain, toned = (invert(G, look, -image.clamp(-1, 1), w, steps=30, intensity=i) for i in (False, True))
     assert toned.loss.mean() < plain.loss.mean()
-
-
-def test_a_trained_generator_can_be_turned_round(trained, task):
-    m = second(task, trained[0], inversion_steps=10)
-    run = train(m, task, 60)
-    first, last = (sum(run.history[i][k] for k in ("labelled image", "unlabelled image")) for i in (0, -1))
-    assert last < 0.8 * first
 
 
 def test_a_second_stage_that_cannot_work_is_refused(task):

@@ -107,7 +107,7 @@ def test_runs_with_the_smoke_parameters(path, tmp_path, folders):
 @pytest.mark.slow
 @each([p for p in METHODS if "skip_training" in declared(p)])
 def test_runs_with_its_stored_weights(path, tmp_path):
-    quick = {k: v for k, v in {"steps": 6, "oracle_steps": 6}.items() if k in declared(path)}  # of what is trained beside them
+    quick = {k: v for k, v in {"steps": 2, "oracle_steps": 2}.items() if k in declared(path)}  # of what is trained beside them
     nb = execute(path, skip_training=True, device="cpu", out_dir=str(tmp_path / "out"), **quick)
     assert any({"image/png", "image/jpeg"} & set(o.get("data", {})) for c in nb["cells"] for o in c.get("outputs", []))
 

@@ -295,6 +295,13 @@ def test_a_short_training_brings_class_shares_closer(trained, task):
     assert after["miou"] > before["miou"]
 
 
+def test_a_trained_generator_can_be_turned_round(trained, task):
+    m = second(task, trained[0], inversion_steps=10)
+    run = train(m, task, 60)
+    first, last = (sum(run.history[i][k] for k in ("labelled image", "unlabelled image")) for i in (0, -1))
+    assert last < 0.8 * first
+
+
 # training goes on
 @pytest.mark.parametrize("make", [gan, second])
 def test_a_resumed_run_ends_bit_identical(task, tmp_path, make):
