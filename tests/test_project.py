@@ -25,7 +25,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 FLOORS = {
     0: ["core"],
     1: ["scenes", "data", "pictures", "augment", "policies", "cutmix", "networks", "models", "losses", "metrics", "rasters", "viz"],
-    2: ["folders", "tool_files", "formats", "mask_files", "annotations", "doctor", "catalogue", "clock", "checkpoint", "engine", "records", "large_pictures"],
+    2: ["folders", "tool_files", "formats", "mask_files", "annotations", "doctor", "official", "catalogue", "clock", "checkpoint", "engine", "records", "large_pictures"],
     3: ["supervised", "adversarial", "ganaugment", "bank"],  # the baseline, and pieces that several methods share
     5: ["tags", "continuation", "failures", "semanticgan", "inversion", "phases", "mask_cycle", "unimatch"],  # each goes on from methods of the floor below
     6: ["experiment", "out_of_domain", "leaderboard"],  # they run and compare the methods
@@ -38,6 +38,7 @@ NEIGHBOURS = {  # the imports on one floor that are allowed, each for a reason
     ("policies", "augment"),  # which views are drawn, and how one is drawn
     ("doctor", "folders"), ("catalogue", "doctor"),  # a folder is read, looked at, and then cut into a task
     ("catalogue", "folders"),  # a folder of one's own is one of the data sets
+    ("official", "folders"), ("official", "doctor"), ("catalogue", "official"),  # and the well-known trees are others
     ("tool_files", "folders"), ("formats", "folders"), ("mask_files", "folders"), ("annotations", "folders"),  # importers write the layout that `folders` reads
     ("formats", "tool_files"), ("mask_files", "tool_files"), ("annotations", "tool_files"),  # all read into one form
     ("annotations", "formats"), ("annotations", "mask_files"),  # tools, then pictures, then the import of both
