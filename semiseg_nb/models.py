@@ -110,12 +110,15 @@ class AtStride8(nn.Module):
         "(B,3,H,W), normalised -> (B,channels,ceil(H/8),ceil(W/8))"
         maps = feature_maps(self.encoder, x)
         h, w = ((n + 7) // 8 for n in x.shape[-2:])
-        if self.fit is None: return maps[-1][..., :h, :w]
-        fine, *coarse = (fit(m) for fit, m in zip(self.fit, maps[-3:]))
+        if self.fit is None: maps = maps[-1:]
+        else: maps = [fit(m) for fit, m in zip(self.fit, maps[-3:])]
+        fine, *coarse = maps
         for m in coarse:
             m = F.interpolate(m, size=fine.shape[-2:], mode="bilinear", align_corners=False)
             fine = fine + m
-        return fine[..., :h, :w]  # what lies in the padding is cut off before anything is pooled
+        # What lies in the padding is cut off before anything is pooled. A slice would do as well,
+        # but an exporter takes its layout for granted and refuses other sizes later.
+        return F.pad(fine, (0, w - fine.shape[-1], 0, h - fine.shape[-2]))
 
 # %% ../nbs/04_models.ipynb #weights
 def read_pretrained(
