@@ -35,8 +35,6 @@ from .data import Files, Images, Labelled, Task, as_size, image_tags
 from .doctor import check_folder
 
 # %% ../nbs/51_catalogue.ipynb #imports-2
-from .official import Source, official
-
 from semiseg_nb.folders import (
     Folder,
     by_label_order,
@@ -51,6 +49,7 @@ from semiseg_nb.folders import (
     tuning_last,
     user_path,
 )
+from .official import Source, official
 from semiseg_nb.pictures import (
     FITS,
     Item,

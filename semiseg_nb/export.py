@@ -255,9 +255,8 @@ def export_pt2(
         try: torch.export.save(traced(model), memory, extra_files=cards)
         except RuntimeError as e:  # of its serialiser
             raise UserError(f"'{path}' was not written: this PyTorch cannot store every operation "
-                            "of "
-                            f"the network as .pt2 ({str(e).splitlines()[0]}); export it as .onnx, "
-                            "or take another encoder.") from e
+                            f"of the network as .pt2 ({str(e).splitlines()[0]}); export it as "
+                            ".onnx, or take another encoder.") from e
     return into_place(model, memory.getvalue(), path)
 
 # %% ../nbs/54_export.ipynb #read-card
