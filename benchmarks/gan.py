@@ -1,11 +1,11 @@
 """Where the time of a GAN goes: python benchmarks/gan.py [--record]
 
-The modulated convolution in both forms, the networks and penalties of StyleGAN2 one by one, and whole iterations of StyleGAN2, SemanticGAN
+The modulated convolution, the networks and penalties of StyleGAN2 one by one, and whole iterations of StyleGAN2, SemanticGAN
 and CycleGAN as the engine runs them. An iteration is the mean over `--steps` steps in a row, so that lazy penalties are in it as often as
 they are due. Everything takes turns, so that a machine that slows down slows all of it; medians over rounds. On a CPU the time is that of
 the processor, summed over threads and divided by their number, so that other work on the machine does not count; on a GPU it is the clock's.
 FLOPs are counted by PyTorch, and the floor is the time they would take at the fastest float32 product that this machine was seen to reach
-(bfloat16 on a GPU), as in benchmarks/step.py. Both forms of the modulated convolution make the same products.
+(bfloat16 on a GPU), as in benchmarks/step.py.
 """
 import argparse
 import json
@@ -69,13 +69,12 @@ def backward(net, loss):
 
 
 def convolutions(size, batch, device, d=64):
-    "Forward and backward of a modulated convolution: both forms, same size and doubled, in the widest and in the largest layer"
+    "Forward and backward of a modulated convolution: same size and doubled, in the widest and in the largest layer"
     for name, channels, part, up in (("48 channels", 48, 2, False), ("24 channels", 24, 1, False), ("48 to 24 channels, doubled", 48, 2, True)):
         x = torch.randn(batch, channels, size // part, size // part, device=device, requires_grad=True)
         w = torch.randn(batch, d, device=device)
-        for form in ("scaled", "grouped"):
-            layer = ModulatedConv(channels, 24 if up else channels, 3, d, up=up, form=form).to(device)
-            yield f"modulated convolution, {form}: {name}", lambda layer=layer, x=x, w=w: backward(layer, layer(x, w).square().mean())
+        layer = ModulatedConv(channels, 24 if up else channels, 3, d, up=up).to(device)
+        yield f"modulated convolution, scaled: {name}", lambda layer=layer, x=x, w=w: backward(layer, layer(x, w).square().mean())
 
 
 def pieces(size, batch, device, d=64):
@@ -124,8 +123,6 @@ def main(a):
     for _, f, n in parts:
         f()                                                                # warm up
         flops.append(flops_of(f) / n)
-    for i, (name, _, _) in enumerate(parts):                               # the counter takes the kernels' gradient for that of one group
-        if ", grouped" in name: flops[i] = flops[i - 1]                    # the form before it: the same products
     for _ in range(a.rounds):
         for (_, f, n), seen in zip(parts, times):
             start = now(device)

@@ -1,7 +1,10 @@
 "StyleGAN2: sizes, variances, who moves whom, and penalties by hand"
 import copy
+import json
 import math
+import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,12 +31,11 @@ from semiseg_nb.stylegan2 import (
     channels_for,
     downsample,
     fused_lrelu,
-    grouped,
     latents,
     lazy_adam,
     minibatch_std,
+    modulated_conv,
     path_penalty,
-    scaled,
     styles,
     truncate,
     upfirdn2d,
@@ -160,7 +162,7 @@ def test_upfirdn2d_has_two_derivatives():
 
 @pytest.mark.parametrize("demodulate", [True, False])
 @pytest.mark.parametrize("up", [False, True])
-def test_both_forms_equal_a_loop_over_images(up, demodulate):
+def test_one_kernel_for_all_equals_a_loop_over_images(up, demodulate):
     seed_everything(0)
     layer = ModulatedConv(5, 7, 3, 8, demodulate, up).double()
     x, w = randn(3, 5, 6, 6, dtype=torch.float64), randn(3, 8, dtype=torch.float64)
@@ -170,15 +172,13 @@ def test_both_forms_equal_a_loop_over_images(up, demodulate):
         if demodulate: kernel = kernel / (kernel.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
         out = F.conv_transpose2d(x[i:i + 1], kernel.transpose(0, 1), stride=2) if up else F.conv2d(x[i:i + 1], kernel, padding=1)
         looped.append(layer.blur(out) if up else out)
-    for form in (scaled, grouped): assert torch.allclose(form(x, weight, s, demodulate, layer.blur), torch.cat(looped), atol=1e-12)
-    layer.form = "grouped"
+    assert torch.allclose(modulated_conv(x, weight, s, demodulate, layer.blur), torch.cat(looped), atol=1e-12)
     assert torch.allclose(layer(x, w), torch.cat(looped), atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["scaled", "grouped"])
-def test_an_image_does_not_feel_the_others(form):
+def test_an_image_does_not_feel_the_others():
     seed_everything(0)
-    layer, x, w = ModulatedConv(4, 6, 3, 8, form=form), randn(3, 4, 5, 5), randn(3, 8)
+    layer, x, w = ModulatedConv(4, 6, 3, 8), randn(3, 4, 5, 5), randn(3, 8)
     x2, w2 = x.clone(), w.clone()
     x2[1:], w2[1:] = 9.0, -9.0
     one, two = layer(x, w), layer(x2, w2)
@@ -197,10 +197,6 @@ def test_demodulation_gives_unit_variance_and_forgets_the_size_of_styles():
     assert torch.allclose(layer(x, w), 5 * plain, rtol=1e-4, atol=1e-4)
     layer.demodulate = True
     assert torch.allclose(layer(x, w)[..., 1:-1, 1:-1], y, atol=1e-3)
-
-
-def test_an_unknown_form_is_refused():
-    with pytest.raises(UserError, match="form 'loop' is not known"): ModulatedConv(2, 2, 3, 4, form="loop")
 
 
 # ---------------------------------------------------------------- generator
@@ -579,3 +575,13 @@ def test_bf16_gives_finite_float32_losses(task):
     with torch.autocast("cpu", torch.bfloat16):
         losses = {k: v for _, ls, *_ in m.updates(*batch(task), Clock(0, 10)) for k, v in ls.items()}
     assert set(losses) == {"d", "r1", "g", "path"} and all(torch.isfinite(v) and v.dtype == torch.float32 for v in losses.values())
+
+
+def test_the_solutions_of_the_exercises():
+    lesson = json.loads((Path(__file__).resolve().parents[1] / "nbs/40_stylegan2.ipynb").read_text(encoding="utf-8"))
+    cells = {c["id"]: "".join(c["source"]) for c in lesson["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = {"torch": torch, "F": F, "Generator": Generator, "channels_for": channels_for, "modulated_conv": modulated_conv}
+    exec(code, names)
+    asked = {cells[f"exercise-{i}"].removeprefix("# ") for i in (1, 2, 3)}
+    assert asked == {"slots", "kernel_of", "gap"} <= set(names) and code.count("assert") == 3
