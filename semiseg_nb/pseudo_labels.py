@@ -24,7 +24,7 @@ from .supervised import Supervised, jointly, view
 # %% ../nbs/14_pseudo_labels.ipynb #pseudo-label
 def pseudo_label(
     logits: Tensor,  # (B,C,H,W) of the teacher
-    threshold: float,  # at least 1 trusts nothing
+    threshold: float,  # 1 or more: nothing is trusted
     valid: Tensor,  # (B,H,W) bool, False on padding
 ) -> Tensor:  # (B,H,W) int64: a class, or 255
     "The most likely class where it is trusted and the pixel is image; 255 elsewhere"
