@@ -1,16 +1,22 @@
 "supervised: labelled views, and a baseline that deserves the name"
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from semiseg_nb.catalogue import load_task
 from semiseg_nb.clock import Clock
-from semiseg_nb.core import UserError, seed_everything
+from semiseg_nb.core import EMA, UserError, seed_everything
 from semiseg_nb.data import Images, Labelled, Task
 from semiseg_nb.engine import Method, evaluate, fit
 from semiseg_nb.experiment import methods, own_settings, run
 from semiseg_nb.losses import cross_entropy, dice_loss
 from semiseg_nb.networks import UNet
 from semiseg_nb.supervised import Supervised, class_counts, labelled_views, pass_rates, view
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +203,13 @@ def test_pass_rates_by_hand():
     free = pass_rates(Brightness(), Images(["a"], grey), 0.8)
     assert free["of answers"] == rates["of answers"] and all(v != v for v in free["of truth"])
     with pytest.raises(UserError, match="Brightness has no threshold of confidence: give threshold=0.8"): pass_rates(Brightness(), known)
+
+
+def test_the_solutions_of_the_exercises(task):
+    cells = {c["id"]: "".join(c["source"]) for c in json.loads((ROOT / "nbs/10_supervised.ipynb").read_text(encoding="utf-8"))["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = {"torch": torch, "nn": torch.nn, "EMA": EMA, "task": task, "seed": 0, "Clock": Clock, "view": view, "labelled_views": labelled_views,
+             "cross_entropy": cross_entropy}
+    exec(code, names)
+    assert all(cells[f"exercise-{i}"].removeprefix("# ").strip() in names for i in (1, 2))
+    assert 0 < names["training_loss"](method(task)) < 5
