@@ -287,7 +287,7 @@ class Outcome(NamedTuple):
     def show(self) -> None:
         "Print what there is and where, and show the predicted pictures"
         print(self)
-        show(self.figure, "Pictures with the predicted classes laid over them")
+        show(self.figure, "Pictures, each beside the classes predicted for it", photo=True)
 
 
 def card_of_result(result: Result, task: Task) -> dict:
