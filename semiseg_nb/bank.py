@@ -249,7 +249,7 @@ def read_notes(
     width: int,  # bytes of each
 ) -> BankNotes:
     "Read the notes; raises `UserError` for anything that is not the notes of such a bank, whole"
-    anew = "delete it and the bank beside it to begin anew, or choose another file"
+    anew = "delete both to begin anew, or choose another file"
     head, expected = NOTES_HEAD.size, NOTES_HEAD.size + 5 * n + 4
     try:
         with open(path, "rb") as f: raw = f.read(expected + 1)
@@ -259,8 +259,8 @@ def read_notes(
     _, rows, bytes_, flushes, changed = NOTES_HEAD.unpack(raw[:head])
     whole = len(raw) == expected and zlib.crc32(raw[:-4]) == int.from_bytes(raw[-4:], "little")
     if not whole and (len(raw) == expected or (rows, bytes_) == (n, width)):
-        raise UserError(f"The notes {path} are damaged, their checksum is wrong: take both files "
-                        f"from a copy, or {anew}.")
+        raise UserError(f"The notes {path} are damaged, their checksum is wrong: restore both "
+                        f"files from a backup, or {anew}.")
     if (rows, bytes_) != (n, width):
         raise UserError(f"The notes {path} are of {rows} images with {bytes_} bytes each, not of "
                         f"{n} with {width}, so the bank is of other images or settings: {anew}.")
@@ -319,7 +319,7 @@ def open_notes(
     if found: notes = read_notes(notes_path, n, width)
     if found != nbytes and (notes.flushes or notes.changed):
         raise UserError(f"The bank {path} has {found} bytes where {nbytes} are expected, so it is "
-                        "not whole: take both files from a copy, or delete both to begin anew.")
+                        "not whole: restore both files from a backup, or delete both.")
     try:
         write_notes(notes_path, notes, width)  # a trial, before the first step
         if found == nbytes: return notes
@@ -431,8 +431,8 @@ class FileRows(nn.Module):
         if wrong.any():
             image = int(index[wrong][0])
             raise UserError(f"The bank {self.file.path} is damaged, the checksum of image {image} "
-                            "is wrong: take both files from a copy, or begin again in another "
-                            "file.")
+                            "is wrong: restore both files from a backup, or begin again in "
+                            "another file.")
         return rows
 
     def write(self, index: Tensor, rows: Tensor) -> None:

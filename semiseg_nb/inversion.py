@@ -230,7 +230,7 @@ class Head(nn.Module):
 
 # %% ../nbs/45_inversion.ipynb #encoder
 class Encoder(nn.Module):
-    "E: an image to a code in W+, a style for every slot; it predicts the way from the mean style"
+    "E: an image to a code in W+, a style for every slot; it predicts an offset from the mean style"
 
     def __init__(
         self,
@@ -262,8 +262,8 @@ class Encoder(nn.Module):
             side = maps[i].shape[-2:]
             coarser = F.interpolate(maps[i + 1], size=side, mode="bilinear", align_corners=False)
             maps[i] = maps[i] + coarser
-        way = [head(maps[level]) for head, level in zip(self.heads, self.levels)]
-        return self.w_mean + torch.stack(way, 1)
+        offset = [head(maps[level]) for head, level in zip(self.heads, self.levels)]
+        return self.w_mean + torch.stack(offset, 1)
 
 # %% ../nbs/45_inversion.ipynb #label-losses
 def sharp_cross_entropy(

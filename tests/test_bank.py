@@ -420,7 +420,7 @@ def test_a_flipped_bit_of_the_rows_is_found(tmp_path):
         (tmp_path / "bank").write_bytes(damaged)
         bank = make_bank(tmp_path)
         if at // 960 in (1, 4):
-            with pytest.raises(UserError, match=rf"bank is damaged, the checksum of image {at // 960} is wrong: take both files from a copy"): bank.read(INDEX)
+            with pytest.raises(UserError, match=rf"bank is damaged, the checksum of image {at // 960} is wrong: restore both files from a backup"): bank.read(INDEX)
         else: assert torch.equal(bank.accumulated(INDEX)[0], held)                  # another place: nobody reads it
 
 
@@ -452,7 +452,7 @@ def test_odd_notes_are_one_sentence(tmp_path, odd):
     path = tmp_path / "bank.places"
     if isinstance(odd, bytes): path.write_bytes(odd)
     else: torch.save(odd, path)
-    with pytest.raises(UserError, match=r"bank\.places .*: .*(delete it and the bank beside it to begin anew, or choose another file)\.$") as e: make_bank(tmp_path)
+    with pytest.raises(UserError, match=r"bank\.places .*: .*(delete both to begin anew, or choose another file)\.$") as e: make_bank(tmp_path)
     assert "\n" not in str(e.value) and (tmp_path / "bank").read_bytes() == rows
 
 
@@ -500,7 +500,7 @@ def test_a_file_that_is_no_bank_is_left_alone(tmp_path):
 def test_a_bank_that_lost_a_part_is_refused(tmp_path):
     stored(tmp_path)
     with open(tmp_path / "bank", "r+b") as f: f.truncate(5000)
-    with pytest.raises(UserError, match="has 5000 bytes where 11520 are expected, so it is not whole: take both files from a copy, or delete both to begin anew"): make_bank(tmp_path)
+    with pytest.raises(UserError, match="has 5000 bytes where 11520 are expected, so it is not whole: restore both files from a backup, or delete both"): make_bank(tmp_path)
 
 
 def test_notes_that_cannot_be_written_are_told_before_the_first_step(tmp_path, monkeypatch):
