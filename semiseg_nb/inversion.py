@@ -291,7 +291,7 @@ def squared_dice_loss(
 # %% ../nbs/45_inversion.ipynb #believe
 def consensus(
     logits: Tensor,  # (R,B,K,H,W) of R answers to the same images
-) -> tuple[Tensor, Tensor]:  # logits (B,K,H,W); fraction of the answers (B,H,W) that differ from most
+) -> tuple[Tensor, Tensor]:  # logits (B,K,H,W); fraction of answers (B,H,W) that differ from most
     "The mean of several answers, and where they disagree"
     votes = torch.zeros_like(logits).scatter_(2, logits.argmax(2, keepdim=True), 1.0).mean(0)
     mean = logits[0] if len(logits) == 1 else logits.softmax(2).mean(0).clamp(min=1e-8).log()
