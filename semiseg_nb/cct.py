@@ -393,7 +393,7 @@ class CCT(Supervised):
             z_m = self.target(maps, x_w, unl, clock)
             # every auxiliary decoder has to give that answer from features of its own disturbance
             e, q, K = maps[-1], z_m.float().softmax(1), len(self.decoders)
-            ramp = clock.ramp(self.ramp_up, "sigmoid")
+            ramp = clock.ramp(self.ramp_up, "sigmoid")  # the usual name of exp(-5 (1 - r)²)
             w_u, w_w = self.weight * ramp, self.weak_weight * ramp
             host, rng = streams(clock, e.device)
             guide = ObjectGuide(z_m, self.is_object, host, "g_cutout" in self.each)
