@@ -21,7 +21,6 @@ from torch import Tensor
 
 from . import scenes
 from semiseg_nb.core import (
-    IGNORE,
     Fraction,
     NonNegative,
     UserError,
