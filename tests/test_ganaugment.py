@@ -1,4 +1,9 @@
 "GAN augmentation: what moves, what stays, how often, and derivatives"
+import json
+import math
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,3 +160,13 @@ def test_a_flip_turns_half_and_takes_all_maps_along():
     assert all(torch.equal(a, b) for a, b, t in zip(x2, x, turned) if not t)
     halves = [random_flip(Clock(3, 9, rank=r, world=2), "flip", part)[0] for r, part in enumerate(x.chunk(2))]
     assert torch.equal(torch.cat(halves), x2), "two processes turn what one would"
+
+
+def test_the_solutions_of_the_exercises():
+    lesson = json.loads((Path(__file__).resolve().parents[1] / "nbs/39_ganaugment.ipynb").read_text(encoding="utf-8"))
+    cells = {c["id"]: "".join(c["source"]) for c in lesson["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = {"torch": torch, "math": math, "Ada": Ada, "after_T": lambda directions, p: (1 - p) * directions + p * directions.mean()}
+    exec(code, names)
+    asked = {cells[f"exercise-{i}"].removeprefix("# ") for i in (1, 2)}
+    assert asked == {"steps_to", "leaks"} <= set(names) and code.count("assert") == 3
