@@ -27,7 +27,7 @@ from .networks import batch_norms
 from .policies import flip_crop, randaugment
 from .scenes import STYLES
 
-# %% ../nbs/44_out_of_domain.ipynb #styled
+# %% ../nbs/44_out_of_domain.ipynb #shifts
 PAIRED = ("portraits", "scenes")  # generated: any layout in any style
 TARGETS = STYLES[1:]  # gamma_noise, textures, palette, inverted
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -59,7 +59,7 @@ def styled(
     side = size if isinstance(size, int) else size[0]
     return first(load_split(dataset, split=split, size=side, style=style, strength=strength), n)
 
-# %% ../nbs/44_out_of_domain.ipynb #shifts
+
 def shifts(
     dataset: str = "portraits",  # "portraits", "scenes" or "folder"
     data_root: str | Path | None = None,  # of a folder
@@ -117,7 +117,7 @@ def explained(
     goal: Tensor,  # (B,3,H,W)
     knots: int = 8,
 ) -> float:  # 1: a curve makes goal from x exactly; 0: a curve is of no use
-    "The part of the squared difference between two sets of paired images that a curve can make"
+    "The fraction of the squared difference between two sets of paired images that a curve can make"
     rest = (recolour(x, goal, knots) - goal).square().sum()
     whole = (x - goal).square().sum().clamp(min=1e-6)
     return 1 - (rest / whole).item()
@@ -155,7 +155,7 @@ def curve(
                         f"{', '.join(known)}: choose one of these.")
     return dict(sorted(found.items()))
 
-# %% ../nbs/44_out_of_domain.ipynb #summary
+
 def at_target(record: dict, strength: float = 1.0) -> float:
     "mIoU of a run at one strength, mean over its targets"
     found = [r["miou"] for r in record["out_of_domain"] if r["strength"] == strength]

@@ -1,5 +1,8 @@
 "Out of domain: shifts that change the look and nothing else, what a curve can undo, and two problems that are never mixed"
 import copy
+import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -283,3 +286,15 @@ def test_a_network_without_batchnorm_has_no_statistics(task):
 
 def test_the_own_splits_are_no_target():
     with pytest.raises(UserError, match="source's own train or val"): shifts("folder", "anywhere", ["val"])
+
+
+# ---------------------------------------------------------------- the lesson
+
+def test_the_solutions_of_the_exercises():
+    lesson = json.loads((Path(__file__).resolve().parents[1] / "nbs/44_out_of_domain.ipynb").read_text(encoding="utf-8"))
+    cells = {c["id"]: "".join(c["source"]) for c in lesson["cells"]}
+    code, = re.findall(r"```python\n(.*?)```", cells["solutions"], re.S)
+    names = dict(vars(out_of_domain))
+    exec(code, names)
+    empty = [cells[f"exercise-{i}"].removeprefix("# ").strip() for i in (1, 2, 3)]
+    assert empty == ["choices", "match_statistics", "bent"] and set(empty) <= set(names) and code.count("assert") == 3
