@@ -338,7 +338,7 @@ def test_a_bank_larger_than_the_memory_is_refused():
 
 def test_a_file_of_another_bank_or_a_bad_folder_is_refused(tmp_path):
     make_bank(tmp_path)
-    with pytest.raises(UserError, match=r"The notes .*bank.places are of 6 images with 960 bytes each, not of 7 with 960, so .*: delete it and the bank"):
+    with pytest.raises(UserError, match=r"The notes .*bank.places are of 6 images with 960 bytes each, not of 7 with 960, so .*: delete both to begin anew"):
         make_bank(tmp_path, n=7)
     with pytest.raises(UserError, match="are of 6 images with 960 bytes each, not of 3 with 1920"): make_bank(tmp_path, n=3, size=(16, 12))      # as many bytes
     (tmp_path / "plain").write_text("a file, not a folder")
