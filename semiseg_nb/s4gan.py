@@ -11,7 +11,16 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from .adversarial import FAKE, REAL, answer, bce_map, hide, large_enough, upper_part, verdicts
+from semiseg_nb.adversarial import (
+    FAKE,
+    REAL,
+    answer,
+    bce_map,
+    hide,
+    large_enough,
+    upper_part,
+    verdicts,
+)
 from .core import IGNORE, Count, Fraction, NonNegative, Positive, Range, checked
 from .cutmix import paste
 from .data import Task
@@ -45,7 +54,7 @@ class ImageDiscriminator(nn.Module):
         features = self.layers(torch.cat([p, x.to(p.dtype)], 1)).float().mean((2, 3))
         return self.head(features).float(), features
 
-
+# %% ../nbs/22_s4gan.ipynb #distance
 def distance_of_means(
     a: Tensor,  # (B,K) features of a batch
     b: Tensor,  # (B',K) of another
@@ -68,10 +77,10 @@ class S4GAN(Supervised):
         *,
         feature_matching: NonNegative = 0.1,  # weight of looking like ground truth to D
         self_training: NonNegative = 1.0,  # weight of learning the network's own labels
-        threshold: Fraction = 0.5,  # part of the images that is not trusted
-        warmup: Fraction = 0.1,  # first part of training, supervised only; the paper: 0
-        start: Fraction = 0.25,  # part of training without own labels; the paper: 0
-        mix: Fraction = 1.0,  # part of the student's images that get a CutMix box; the paper: 0
+        threshold: Fraction = 0.5,  # fraction of the images that is left out
+        warmup: Fraction = 0.1,  # first fraction of training, supervised only; paper: 0
+        start: Fraction = 0.25,  # fraction of training without own labels; the paper: 0
+        mix: Fraction = 1.0,  # fraction of the images that get a CutMix box; paper: 0
         smooth: Annotated[float, Range(0, 0.5)] = 0.1,  # D's target on masks: 1 - smooth; paper: 0
         ndf: Count = 16,  # channels of the discriminator's first layer; the paper: 64
         d_lr: Positive = 1e-4,  # of the discriminator's Adam

@@ -1,6 +1,9 @@
-"s4GAN: scores of whole images, features that are matched, and images that are believed or not"
+"s4GAN: scores of whole images, features that are matched, and images that teach or do not"
 import copy
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,20 +89,20 @@ def test_all_weights_zero_is_the_supervised_run_bit_for_bit(task, views):
     assert same(base.net, m.net) and same(base.ema, m.ema)
 
 
-def test_whole_images_are_believed_the_better_half_of_the_batch(task):
+def test_whole_images_teach_the_better_half_of_the_batch(task):
     m, (lab, unl) = method(task, self_training=1.0), batch(task)
     scores, original = [], m.trusted
     m.trusted = lambda score: scores.append(score) or original(score)
     _, _, found = next(m.updates(lab, unl, Clock(50, 100)))
     score, = scores
     assert score.shape == (4, 1, 1) and original(score).sum() == 2
-    believed = original(score).flatten()
-    assert score[believed].min() >= score[~believed].max() and not score.requires_grad
+    better = original(score).flatten()
+    assert score[better].min() >= score[~better].max() and not score.requires_grad
     _, valid = m.weak_view(unl["image"], Clock(50, 100))
-    assert found["kept"].item() == pytest.approx((valid[believed].sum() / valid.sum()).item())
+    assert found["kept"].item() == pytest.approx((valid[better].sum() / valid.sum()).item())
 
 
-def test_nothing_believed_is_no_self_training(task):
+def test_no_image_that_teaches_is_no_self_training(task):
     class Nobody(S4GAN):
         def trusted(self, score): return score > 1
     _, losses, found = next(method(task, Nobody).updates(*batch(task), Clock(50, 100)))
@@ -146,9 +149,9 @@ def test_bfloat16_autocast_gives_finite_losses(task):
 
 def test_settings_are_attributes_and_a_method_can_be_copied(task):
     m = S4GAN(net(task), task, threshold=0.4, lr=1e-3)
-    told = settings(m)
-    assert told["threshold"] == 0.4 and told["lr"] == 1e-3 and told["feature_matching"] == 0.1
-    assert same(m, S4GAN(net(task), task, **told)) and same(m, copy.deepcopy(m))
+    own = settings(m)
+    assert own["threshold"] == 0.4 and own["lr"] == 1e-3 and own["feature_matching"] == 0.1
+    assert same(m, S4GAN(net(task), task, **own)) and same(m, copy.deepcopy(m))
 
 
 # ---------------------------------------------------------------- a user's mistakes
@@ -170,3 +173,18 @@ def test_a_single_unlabelled_image_has_no_partner_for_cutmix(task):
     with pytest.raises(UserError, match="no partner"):
         fit(S4GAN(net(task), task), task, 20, 2, unlabelled_batch=1, progress=False, eval_on=False)
     fit(S4GAN(net(task), task, mix=0.0), task, 2, 2, unlabelled_batch=1, progress=False, eval_on=False)
+
+
+# ---------------------------------------------------------------- the lesson
+
+def cells():
+    lesson = json.loads((Path(__file__).resolve().parents[1] / "nbs/22_s4gan.ipynb").read_text(encoding="utf-8"))
+    return {c["id"]: "".join(c["source"]) for c in lesson["cells"]}
+
+
+def test_the_solutions_of_the_exercises():
+    code, = re.findall(r"```python\n(.*?)```", cells()["solutions"], re.S)
+    names = {"torch": torch, "distance_of_means": distance_of_means, "S4GAN": S4GAN}
+    exec(code, names)
+    empty = [cells()[f"exercise-{i}"].removeprefix("# ").strip() for i in (1, 2, 3)]
+    assert empty == ["matched", "removed_wins", "BestImage"] and set(empty) <= set(names) and code.count("assert") == 3
