@@ -1,8 +1,8 @@
 """How often `diagnose` finds the mistake of a run, on data that it was not made from: python benchmarks/failures.py [--record]
 
 Trains the reference runs of `diagnose` on eight conditions, for results/benchmarks/failures_reference.json, and asks about the runs of each condition with
-that condition left out, for results/benchmarks/failures.json. The constants of `diagnose` were chosen on the first four conditions, but for `ODD`. The healthy
-runs beside a run have other seeds. Each finished run leaves its history in a folder, so that a stopped benchmark goes on where it was. Without --record nothing
+that condition left out, for results/benchmarks/failures.json. The constants of `diagnose` were chosen on the first four conditions; `ODD` and the
+early agreement came last, when all eight had been seen. The healthy runs beside a run have other seeds. Each finished run leaves its history in a folder, so that a stopped benchmark goes on where it was. Without --record nothing
 is written to results.
 """
 import argparse
@@ -140,7 +140,7 @@ def main(a):
     rows = trained(a.steps, a.out, a.data, a.finished)
     made = verdicts(rows)
     report(made)
-    print(f"\nOn {', '.join(c for c in CONDITIONS if c not in CHOSEN_ON)}, the data sets kept for the end:")
+    print(f"\nOn {', '.join(c for c in CONDITIONS if c not in CHOSEN_ON)}, which few of the constants were chosen on:")
     report([r for r in made if r["condition"] not in CHOSEN_ON])
     if not a.record: return
     head = {"commit": commit(), "device": device_name(torch.device("cpu")), "versions": versions(), "steps": a.steps, "settings": MUSEUM,
