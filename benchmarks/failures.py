@@ -2,8 +2,8 @@
 
 Trains the reference runs of `diagnose` on eight conditions, for results/benchmarks/failures_reference.json, and asks about the runs of each condition with
 that condition left out, for results/benchmarks/failures.json. The constants of `diagnose` were chosen on the first four conditions; `ODD` and the
-early agreement came last, when all eight had been seen. The healthy runs beside a run have other seeds. Each finished run leaves its history in a folder, so that a stopped benchmark goes on where it was. Without --record nothing
-is written to results.
+early agreement came last, when all eight had been seen. The healthy runs beside a run have other seeds. Each finished run leaves its history in a
+folder, so that a stopped benchmark goes on where it was. Without --record nothing is written to results.
 """
 import argparse
 import json

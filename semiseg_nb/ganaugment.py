@@ -192,7 +192,7 @@ class Ada(nn.Module):
         self,
         target: Fraction = 0.6,  # what the mean sign of D(real) should be
         kimg: Positive = 10.0,  # thousands of images in which p can go from 0 to 1; the paper: 500
-        p_max: Fraction = 0.8,  # where p stops: beyond, its marks show in images; the paper: no limit
+        p_max: Fraction = 0.8,  # where p stops: beyond, marks show in images; the paper: no limit
         every: Count = 4,  # steps between corrections
         mirror: bool = True,  # whether mirror images are lawful
     ):
