@@ -1,4 +1,5 @@
 """Kernels for the notebook tests, forked from a process that has imported PyTorch already: a third of a short run would be imports otherwise."""
+import gc
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ CONTEXT.set_forkserver_preload(["torch._dynamo", "torchvision", "timm", "segment
 
 def run_kernel(arguments, cwd, env, ready):
     "What `python -m ipykernel_launcher` does, in a process of its own"
+    gc.freeze()  # what is imported already is no garbage: not to be searched again and again
     os.setsid()  # a group of its own, which is stopped as a whole
     ready.set()
     os.chdir(cwd)

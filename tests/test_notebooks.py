@@ -5,6 +5,7 @@ import json
 import re
 import tempfile
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import papermill
@@ -35,10 +36,12 @@ def number(path): return int(path.name[:2]) if path.name[:2].isdigit() else -1
 def each(paths): return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
 
 
+@cache
 def read(path): return json.loads(path.read_text(encoding="utf-8"))
 def code_cells(path): return [c for c in read(path)["cells"] if c["cell_type"] == "code"]
 def source(cell): return "".join(cell["source"])
 def tagged(path): return [c for c in code_cells(path) if "parameters" in c["metadata"].get("tags", [])]
+@cache
 def declared(path): return papermill.inspect_notebook(str(path))
 
 
