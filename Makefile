@@ -1,4 +1,4 @@
-# make demo   install, then train the baseline and UDA on generated scenes and show what came out (5 minutes)
+# make demo   install, then train the baseline and UDA on generated scenes and show what came out (7 minutes)
 # make test   install, then lint, check that notebooks and modules agree, and run every test and notebook
 # make lab    install, then open a copy of the notebooks (_lessons) in JupyterLab: running them changes nothing here
 # make site   the notebooks and modules as pages with search, in _site
