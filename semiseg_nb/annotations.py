@@ -498,8 +498,7 @@ def export_coco(
     shades = [as_colour(c) for c in colours or ()]
     if colours is not None and (len(shades) != len(names) or None in shades):
         raise UserError(f"colours is {reprlib.repr(colours)}, but it should be one (red, green, "
-                        "blue) "
-                        f"with values 0 to 255 for each of the {len(names)} classes.")
+                        f"blue) with values 0 to 255 for each of the {len(names)} classes.")
     if colours is None: shades = [as_colour(beside.get(n)) for n in names]
     if not any(shades): shades = _colours_inside(masks) + [None] * len(names)
     first = 0 if str(names[0]).lower() in GROUND else 1  # no tool wants an object 'background'

@@ -55,7 +55,7 @@ def draws(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if "threshold" not in name])  # which draws the same views
+@pytest.mark.parametrize("name", ROWS)
 def test_no_method_mirrors_where_the_task_forbids_it(name, draws):
     data, make = ROWS[name]
     found = {}
